@@ -51,6 +51,7 @@ class Batcher:
         self._drafted_rows = 0 if drafter is None else DRAFTED_ROWS if self.can_batch and rewinds(module, make) else 1
         self.rows: list[Row] = []
         self._caches: list[Any] = []
+        self._alone = True  # `_caches` are one row's own, as it was read
         self._inputs: mx.array | None = None
         self._logprobs: mx.array | None = None
         self._steps = 0
@@ -110,10 +111,7 @@ class Batcher:
     def step(self) -> list[Token]:
         """Read what fits of the waiting prompts, compute one step, give the tokens of the step before."""
         with generating():
-            return self._step()
-
-    def _step(self) -> list[Token]:
-        self._admit()
+            self._admit()
         tokens, self.reader.told = self.reader.told, []
         if self._inputs is None:
             return tokens
@@ -129,7 +127,7 @@ class Batcher:
         """Whether all rows can read guesses and forget them again, each its own."""
         if self._drafter is None or len(self.rows) > self._drafted_rows:
             return False
-        return may_guess(self._caches, self._drafter.most + 1, len(self.rows), self.can_batch)
+        return may_guess(self._caches, self._drafter.most + 1, len(self.rows), not self._alone)
 
     def _guessed(self, inputs: mx.array) -> list[list[int]]:
         """The next input of each row, and what is guessed to follow it; none if nothing is guessed."""
@@ -205,11 +203,12 @@ class Batcher:
 
     def _join(self, requests: Sequence[Request], caches: Sequence[list[Any]]) -> None:
         last = mx.array([request.prompt[-1] for request in requests], dtype=mx.uint32)
-        new = merged(caches) if self.can_batch else caches[0]
         if self._inputs is None:
-            self._caches, self._inputs, self._logprobs = new, last, None
+            self._alone = len(caches) == 1
+            self._caches, self._inputs, self._logprobs = caches[0] if self._alone else merged(caches), last, None
         else:
-            for mine, more in zip(self._caches, new, strict=True):
+            self._caches, self._alone = merged([self._caches]) if self._alone else self._caches, False
+            for mine, more in zip(self._caches, merged(caches), strict=True):
                 mine.extend(more)
             self._inputs = mx.concatenate([self._inputs.astype(mx.uint32), last])
             if self._logprobs is not None:
@@ -221,7 +220,7 @@ class Batcher:
             return
         for i, (row, stays) in enumerate(zip(self.rows, keep, strict=True)):
             if not stays and row.written and self.reader.known.limit:
-                cache = [layer.extract(i) for layer in self._caches] if self.can_batch else self._caches
+                cache = self._caches if self._alone else [layer.extract(i) for layer in self._caches]
                 self.reader.remember(row.request, [*row.request.prompt, *row.written], cache)
         self.rows = [row for row, stays in zip(self.rows, keep, strict=True) if stays]
         if not self.rows or self._inputs is None:

@@ -5,6 +5,7 @@ import contextlib
 import errno
 import importlib.util
 import logging
+import os
 import resource
 import socket
 import time
@@ -73,6 +74,7 @@ def make_engine(
     """
     called = name or (Path(base).name if Path(base).is_dir() else base)
     check_names(called, [adapter for adapter, _ in adapters], settings.splits)
+    os.environ.setdefault("MLX_CUDA_GRAPH_CACHE_SIZE", "2000")  # each size of a batch and each prompt launches its own
     model = load_model(base, dtype=dtype, template=template, kv=kv, drafting=drafting)
     engine = Engine(model, settings, called)
     for adapter, reference in adapters:

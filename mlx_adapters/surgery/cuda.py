@@ -7,6 +7,7 @@ join a batch nearly always have one.
 """
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,21 +19,25 @@ MANY_TOKENS = 256  # from here on a product is faster with an unpacked matrix
 MOST_SCORES = 1 << 26  # numbers between tokens that may be in memory; cuDNN keeps none of them
 
 
+packed = mx.quantized_matmul
+_here = threading.local()  # `.generates`: not in training, which would keep what is unpacked
+
+
 @contextlib.contextmanager
 def generating() -> Iterator[None]:
-    """Within the block, in this thread, what a CUDA device is slow at is computed otherwise."""
+    """Within the block, in this thread, a CUDA device reads several tokens, a prompt's say, as it is fastest."""
     if not on_cuda():
         yield
         return
-    with (
-        function_call_as(mx, "quantized_matmul", as_one_row),
-        function_call_as(mx.fast, "scaled_dot_product_attention", by_products),
-    ):
-        yield
+    before, _here.generates = getattr(_here, "generates", False), True
+    try:
+        with function_call_as(mx.fast, "scaled_dot_product_attention", by_products):
+            yield
+    finally:
+        _here.generates = before
 
 
-def as_one_row(
-    original: Callable[..., mx.array],
+def quantized_matmul(
     x: mx.array,
     w: mx.array,
     scales: mx.array,
@@ -40,14 +45,22 @@ def as_one_row(
     transpose: bool = True,
     **kind: Any,
 ) -> mx.array:
-    """`mx.quantized_matmul` of x (rows, tokens, in) with one matrix w (out, in), of all rows' tokens at once."""
-    tokens = x.size // x.shape[-1]
-    if w.ndim == 2 and transpose and tokens > MANY_TOKENS and kind.get("mode", "affine") == "affine":
+    """`mx.quantized_matmul`: of x (rows, tokens, in) with one matrix w (out, in), of all rows' tokens at once."""
+    shape = x.shape
+    if shape[0] == 1 and len(shape) == 3 and shape[1] <= MANY_TOKENS:  # soon decided: every layer calls it
+        return packed(x, w, scales, biases, transpose, **kind)
+    tokens, alone = x.size // shape[-1], w.ndim == 2
+    unpacks = alone and transpose and tokens > MANY_TOKENS and kind.get("mode", "affine") == "affine"
+    if unpacks and getattr(_here, "generates", False):
         return x @ mx.dequantize(w, scales, biases, **kind, dtype=x.dtype).T
-    if w.ndim > 2 or x.ndim < 3 or tokens == x.shape[-2]:
-        return original(x, w, scales, biases, transpose, **kind)
-    y = original(x.reshape(tokens, x.shape[-1]), w, scales, biases, transpose, **kind)
-    return y.reshape(*x.shape[:-1], y.shape[-1])
+    if not alone or len(shape) < 3 or tokens == shape[-2]:
+        return packed(x, w, scales, biases, transpose, **kind)
+    y = packed(x.reshape(tokens, shape[-1]), w, scales, biases, transpose, **kind)
+    return y.reshape(*shape[:-1], y.shape[-1])
+
+
+if on_cuda():
+    mx.quantized_matmul = quantized_matmul
 
 
 def by_products(

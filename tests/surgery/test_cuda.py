@@ -1,5 +1,7 @@
 """What stands in for MLX's functions on CUDA, held against them here on the CPU."""
 
+import contextlib
+
 import mlx.core as mx
 import pytest
 
@@ -12,9 +14,11 @@ def normal(*shape, seed=0):
     return mx.random.normal(shape, key=mx.random.key(seed))
 
 
-@pytest.mark.parametrize("shape", [(64,), (3, 64), (1, 5, 64), (3, 1, 64), (2, 5, 64), (3, 2, 2, 64), (2, 129, 64)])
+@pytest.mark.parametrize(
+    "shape", [(64,), (3, 64), (1, 5, 64), (3, 1, 64), (2, 5, 64), (3, 2, 2, 64), (2, 129, 64), (1, 300, 64)]
+)
 @pytest.mark.parametrize("bits", [4, 8])
-def test_a_packed_matrix_is_read_once_for_all_rows(shape, bits):
+def test_a_packed_matrix_is_read_once_for_all_rows(shape, bits, monkeypatch):
     packed = mx.quantize(normal(32, 64), group_size=32, bits=bits)
     kind = {"group_size": 32, "bits": bits, "mode": "affine"}
     read = []
@@ -24,10 +28,16 @@ def test_a_packed_matrix_is_read_once_for_all_rows(shape, bits):
         return mx.quantized_matmul(x, *args, **options)
 
     x = normal(*shape, seed=1)
-    y = cuda.as_one_row(original, x, packed[0], scales=packed[1], biases=packed[2], transpose=True, **kind)
-    assert mx.allclose(y, mx.quantized_matmul(x, *packed, transpose=True, **kind), atol=1e-4)
-    many = x.size // 64 > cuda.MANY_TOKENS
-    assert read == ([] if many else [shape if len(shape) < 3 or shape[0] == 1 else (x.size // 64, 64)])
+    expected, flat = mx.quantized_matmul(x, *packed, transpose=True, **kind), (x.size // 64, 64)
+    monkeypatch.setattr(cuda, "packed", original)
+    monkeypatch.setattr(cuda, "on_cuda", lambda: True)
+    for reading in (False, True):  # in training a matrix that was unpacked would be kept
+        read.clear()
+        with cuda.generating() if reading else contextlib.nullcontext():
+            y = cuda.quantized_matmul(x, packed[0], scales=packed[1], biases=packed[2], transpose=True, **kind)
+        assert mx.allclose(y, expected, atol=1e-4)
+        many = reading and x.size // 64 > cuda.MANY_TOKENS
+        assert read == ([] if many else [shape if len(shape) < 3 or shape[0] == 1 else flat])
 
 
 def test_other_products_are_left_alone():
@@ -35,11 +45,11 @@ def test_other_products_are_left_alone():
     x = normal(2, 3, 64, seed=1)
     kind = {"group_size": 32, "bits": 4}
     expected = mx.quantized_matmul(x, *several, **kind)
-    assert mx.array_equal(cuda.as_one_row(mx.quantized_matmul, x, *several, **kind), expected)
+    assert mx.array_equal(cuda.quantized_matmul(x, *several, **kind), expected)
     across = mx.quantize(normal(300, 64), group_size=32, bits=4)
     x = normal(2, 3, 300, seed=1)
     expected = mx.quantized_matmul(x, *across, transpose=False, **kind)
-    assert mx.allclose(cuda.as_one_row(mx.quantized_matmul, x, *across, transpose=False, **kind), expected, atol=1e-4)
+    assert mx.allclose(cuda.quantized_matmul(x, *across, transpose=False, **kind), expected, atol=1e-4)
 
 
 def masks(rows, tokens):
@@ -71,12 +81,13 @@ def test_other_attention_is_mlxs(how, monkeypatch):
 
 
 def test_it_holds_within_the_block_and_on_cuda_alone(monkeypatch):
-    packed, x = mx.quantize(normal(32, 64), group_size=32, bits=4), normal(2, 3, 64)
-    calls = []
-    monkeypatch.setattr(cuda, "as_one_row", lambda original, *args, **options: calls.append(original(*args, **options)))
+    q, calls = normal(2, HEADS, 3, WIDTH), []
+    monkeypatch.setattr(
+        cuda, "by_products", lambda original, *args, **options: calls.append(original(*args, **options))
+    )
     for on in (False, True):
         monkeypatch.setattr(cuda, "on_cuda", lambda on=on: on)
         with cuda.generating():
-            mx.quantized_matmul(x, *packed, group_size=32, bits=4)
-        mx.quantized_matmul(x, *packed, group_size=32, bits=4)
+            mx.fast.scaled_dot_product_attention(q, q, q, scale=1.0)
+        mx.fast.scaled_dot_product_attention(q, q, q, scale=1.0)
         assert len(calls) == on
