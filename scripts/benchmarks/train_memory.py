@@ -108,13 +108,14 @@ def base_folder(shape: str, work: Path) -> Path:
     return folder
 
 
-def rows_of(options: argparse.Namespace) -> list:
-    """Rows of one length, a batch of them; or, mixed, of many lengths. The last quarter of each is trained."""
+def rows_of(options: argparse.Namespace, processes: int = 1) -> list:
+    """Rows of one length, a batch of them for each process; or, mixed, of many lengths. The last quarter of each is
+    trained."""
     from mlx_adapters.data.tokenizing import Row
 
     random = np.random.default_rng(SEED)
     spread = (options.length / 5) ** random.random(options.mixed * options.batch)
-    lengths = [round(5 * s) for s in spread] if options.mixed else [options.length + 1] * options.batch
+    lengths = [round(5 * s) for s in spread] if options.mixed else [options.length + 1] * options.batch * processes
     return [
         Row(random.integers(3, 500, n).astype(np.int32), np.arange(n) > (n - 1) * 3 // 4, "here", n) for n in lengths
     ]
@@ -144,7 +145,10 @@ def ours(module, options: argparse.Namespace, again: str, world=None) -> list[Ca
     made = TrainStep(module, {key: layers[key] for key in keys}, config, plan, memory=MemoryPlan(again))  # type: ignore[arg-type]
     if world is not None:
         made.world = world
-    updates = make_feed(rows_of(options), config, gpu=on_gpu()).updates(0)
+    rows = rows_of(options, 1 if world is None else world.size)
+    if world is not None:  # its own
+        rows = rows[world.rank * options.batch :][: options.batch]
+    updates = make_feed(rows, config, gpu=on_gpu()).updates(0)
     draws = [next(updates) for _ in range(options.mixed or 1)]
     if world is not None:
         draws = [replace(draw, tokens=world.size * draw.tokens) for draw in draws]

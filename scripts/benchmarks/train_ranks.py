@@ -2,7 +2,8 @@
 
 The model of `train_memory.py`, random weights and all, once in one process, then in several that `mlx.launch`
 starts (NCCL on NVIDIA GPUs; the ring on a CPU tells only that it works). Linear would be as many times the speed as
-there are processes. Needs MLX's CUDA build with NCCL, and as many GPUs as processes.
+there are processes. At last one process takes the rows of all: its losses are to be those of the several. Needs MLX's
+CUDA build with NCCL, and as many GPUs as processes.
 
     python scripts/benchmarks/train_ranks.py --shape 4b --processes 2
     python scripts/benchmarks/train_ranks.py --shape tiny --length 64 --backend ring
@@ -33,7 +34,10 @@ def one(options: argparse.Namespace) -> None:
         seconds.append(time.perf_counter() - began)
     if world.leads:
         tokens = world.size * options.batch * options.length / statistics.median(seconds)
-        print(json.dumps({"processes": world.size, "tokens_per_second": tokens, "losses": losses}), flush=True)
+        print(
+            json.dumps({"processes": world.size, "rows": options.batch, "tokens_per_second": tokens, "losses": losses}),
+            flush=True,
+        )
 
 
 def main() -> None:
@@ -55,12 +59,18 @@ def main() -> None:
     mine = [sys.executable, __file__, *sys.argv[1:], "--one"]
     launch = [Path(sys.executable).parent / "mlx.launch", "-n", str(options.processes), "--backend", options.backend]
     figures = []
-    for command in (mine, [*launch, "--", *mine]):
+    all_rows = [*mine, "--batch", str(options.processes * options.batch)]
+    for command in (mine, [*launch, "--", *mine], all_rows):
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         figures.append(json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{"))))
-        print(f"{figures[-1]['processes']}: {figures[-1]['tokens_per_second']:,.0f} tokens/s", flush=True)
-    alone, together = (each["tokens_per_second"] for each in figures)
-    print(f"{together / alone / options.processes:.2f} of linear")
+        done = figures[-1]
+        print(f"{done['processes']} x {done['rows']} rows: {done['tokens_per_second']:,.0f} tokens/s", flush=True)
+        if len(figures) == 2:
+            alone, together = (each["tokens_per_second"] for each in figures)
+            print(f"{together / alone / options.processes:.2f} of linear", flush=True)
+    several, one_process = (each["losses"] for each in figures[1:])
+    off = max(abs(a - b) / abs(b) for a, b in zip(several, one_process, strict=True))
+    print(f"losses: {several[0]:.5f} to {several[-1]:.5f}, off those of one process by at most {off:.1e}")
 
 
 if __name__ == "__main__":
