@@ -18,6 +18,7 @@ from mlx_adapters.generation.sampling import Sampler, stop_tokens
 from mlx_adapters.models.model import Model
 from mlx_adapters.prompt_caches.layers import count_of, shortened
 from mlx_adapters.prompt_caches.quantized import new_layers, reaching
+from mlx_adapters.runtime import one_token
 from mlx_adapters.runtime.attached import Selection
 from mlx_adapters.surgery.blocks import by_block
 from mlx_adapters.system.door import generate_step, mx
@@ -142,11 +143,15 @@ def decode(
     if drafts is not None:  # what is guessed and forgotten is not quantized on the way
         kv = reaching(kv, before + ids.size + room)
     cache = new_layers(model.module, kv) if cache is None else cache
+    finish = contextlib.nullcontext[Any]()
     if drafts is None:
+        called = by_block(model.module)
+        if kv is None and one_token.serves(model.module):
+            called = finish = one_token.OneToken(model.module)
         processors = [sampler.process] if sampler.processors else None
         steps = generate_step(
             ids,
-            by_block(model.module),
+            called,
             max_tokens=room,
             sampler=sampler,
             logits_processors=processors,
@@ -155,7 +160,7 @@ def decode(
         )
     else:
         steps = drafted_steps(ids.tolist(), model.module, cache, drafts, sampler.step, sampler.foresee, room)
-    with contextlib.closing(steps):  # not every Python ends what an ended generator was reading
+    with finish, contextlib.closing(steps):  # not every Python ends what an ended generator was reading
         for made, (token, logprobs) in enumerate(steps, start=1):
             piece = text.add(token) if token not in ends else ""
             reason = "stop" if token in ends or text.stopped else None

@@ -1,0 +1,174 @@
+"""Attention of one token to what came before it, for a step that is compiled once for many tokens.
+
+MLX's own is compiled for one number of tokens. Here that number is data: a kernel on CUDA, plain operations elsewhere.
+The newest keys and values lie beside the cache, so that a step changes nothing large and its results are its own:
+
+| where | shape | what counts |
+| --- | --- | --- |
+| `keys`, `values` of the cache | (1, groups, room, width) | the first `counts[0]` |
+| `recent` | (1, groups, RECENT, width) | the first `counts[1]` |
+| `new` | (1, groups, 1, width) | it |
+"""
+
+import hashlib
+import math
+from functools import cache
+from typing import Any
+
+from mlx_adapters.models.quantized_check import remembered
+from mlx_adapters.system.door import mx
+from mlx_adapters.system.gpu_kernels import build
+from mlx_adapters.system.machine import on_cuda
+
+RECENT = 32  # tokens whose keys and values lie beside the cache
+WIDEST, LANES, WARPS = 256, 32, 32
+MOST_ERROR = 1e-2  # of the largest number
+INPUTS = ("q", "keys", "values", "recent_keys", "recent_values", "new_keys", "new_values", "counts", "scale")
+OUTPUTS = ("out", "next_keys", "next_values")
+HEADER = "template <typename T, int N> struct alignas(sizeof(T) * N) Few { T v[N]; };"
+# A block for each head; each of its warps takes every 32nd token, AHEAD of them under way (Milakov and Gimelshein,
+# arXiv 1805.02867: the sum of exponentials without a pass for the largest).
+SOURCE = """
+constexpr int NK = K / 32, NV = V / 32, AHEAD = 4;
+const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, head = blockIdx.x, room = keys_shape[2];
+const int shared = q_shape[1] / keys_shape[1], group = head / shared;
+const int cached = counts[0], beside = counts[1], length = cached + beside + 1;
+const T* key_at[3] = {
+  keys + (size_t) group * room * K, recent_keys + (size_t) group * RECENT * K, new_keys + group * K};
+const T* value_at[3] = {
+  values + (size_t) group * room * V, recent_values + (size_t) group * RECENT * V, new_values + group * V};
+if (head % shared == 0) {
+  for (int i = threadIdx.x; i < (beside + 1) * K; i += blockDim.x) {
+    const bool last = i >= beside * K;
+    next_keys[(size_t) group * RECENT * K + i] = last ? key_at[2][i - beside * K] : key_at[1][i];
+  }
+  for (int i = threadIdx.x; i < (beside + 1) * V; i += blockDim.x) {
+    const bool last = i >= beside * V;
+    next_values[(size_t) group * RECENT * V + i] = last ? value_at[2][i - beside * V] : value_at[1][i];
+  }
+}
+float own[NK], sum[NV], most = -INFINITY, weight = 0.0f;
+const Few<T, NK> mine = *reinterpret_cast<const Few<T, NK>*>(q + (size_t) head * K + lane * NK);
+#pragma unroll
+for (int i = 0; i < NK; ++i) own[i] = (float) mine.v[i] * scale[0];
+#pragma unroll
+for (int i = 0; i < NV; ++i) sum[i] = 0.0f;
+for (int first = warp; first < length; first += 32 * AHEAD) {
+  Few<T, NK> ks[AHEAD];
+  Few<T, NV> vs[AHEAD];
+  #pragma unroll
+  for (int j = 0; j < AHEAD; ++j) {
+    const int token = first + 32 * j;
+    if (token < length) {
+      const int where = (token >= cached) + (token >= cached + beside);
+      const int at = token - (where > 0 ? cached : 0) - (where > 1 ? beside : 0);
+      ks[j] = *reinterpret_cast<const Few<T, NK>*>(key_at[where] + (size_t) at * K + lane * NK);
+      vs[j] = *reinterpret_cast<const Few<T, NV>*>(value_at[where] + (size_t) at * V + lane * NV);
+    }
+  }
+  #pragma unroll
+  for (int j = 0; j < AHEAD; ++j) {
+    if (first + 32 * j < length) {
+      float score = 0.0f;
+      #pragma unroll
+      for (int i = 0; i < NK; ++i) score += own[i] * (float) ks[j].v[i];
+      for (int d = 16; d; d >>= 1) score += __shfl_xor_sync(0xffffffff, score, d);
+      const float top = fmaxf(most, score), old = expf(most - top), now = expf(score - top);
+      most = top;
+      weight = weight * old + now;
+      #pragma unroll
+      for (int i = 0; i < NV; ++i) sum[i] = sum[i] * old + now * (float) vs[j].v[i];
+    }
+  }
+}
+__shared__ float mosts[32], weights[32], sums[32][V + 1];
+if (lane == 0) {
+  mosts[warp] = most;
+  weights[warp] = weight;
+}
+#pragma unroll
+for (int i = 0; i < NV; ++i) sums[warp][lane * NV + i] = sum[i];
+__syncthreads();
+float top = mosts[lane];
+for (int d = 16; d; d >>= 1) top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, d));
+const float share = mosts[lane] == -INFINITY ? 0.0f : expf(mosts[lane] - top);
+float total = weights[lane] * share;
+for (int d = 16; d; d >>= 1) total += __shfl_xor_sync(0xffffffff, total, d);
+for (int column = warp; column < V; column += 32) {
+  float x = sums[lane][column] * share;
+  for (int d = 16; d; d >>= 1) x += __shfl_xor_sync(0xffffffff, x, d);
+  if (lane == 0) out[(size_t) head * V + column] = (T) (x / total);
+}
+"""
+Pair = tuple[mx.array, mx.array]  # keys and values
+
+
+def attend(q: mx.array, cached: Pair, recent: Pair, new: Pair, counts: mx.array, scale: float) -> tuple[mx.array, Pair]:
+    """softmax(scale · q Kᵀ) V over all that counts (above), and `recent` with `new` behind what counts of it.
+
+    q: (1, heads, 1, width); counts: (2,) int32. `scale` is a number.
+    """
+    if on_cuda():
+        return _by_kernel(q, cached, recent, new, counts, scale)
+    place = mx.arange(RECENT)[:, None] == counts[1]  # (RECENT, 1)
+    following = mx.where(place, new[0], recent[0]), mx.where(place, new[1], recent[1])
+    keys, values = (mx.concatenate(parts, axis=2) for parts in zip(cached, following, strict=True))
+    seen = mx.concatenate([mx.arange(cached[0].shape[2]) < counts[0], mx.arange(RECENT) <= counts[1]])
+    scores = scale * q.reshape(1, keys.shape[1], -1, q.shape[-1]) @ keys.swapaxes(-1, -2)  # (1, groups, shared, tokens)
+    weights = mx.softmax(mx.where(seen, scores, -mx.inf), axis=-1, precise=True).astype(values.dtype)
+    return (weights @ values).reshape(*q.shape[:3], -1), following
+
+
+def _by_kernel(q: mx.array, cached: Pair, recent: Pair, new: Pair, counts: mx.array, scale: float) -> Any:
+    heads, value_shape = q.shape[1], (*q.shape[:3], cached[1].shape[-1])
+    out, *following = _kernel()(
+        inputs=[q, *cached, *recent, *new, counts, mx.array([scale], mx.float32)],
+        template=[("T", q.dtype), ("K", q.shape[-1]), ("V", value_shape[-1]), ("RECENT", RECENT)],
+        grid=(heads * LANES * WARPS, 1, 1),
+        threadgroup=(LANES * WARPS, 1, 1),
+        output_shapes=[value_shape, recent[0].shape, recent[1].shape],
+        output_dtypes=[q.dtype] * 3,
+    )
+    return out, tuple(following)
+
+
+@cache
+def _kernel() -> Any:
+    return build("attend", INPUTS, OUTPUTS, SOURCE, HEADER)
+
+
+def serves(q: mx.array, keys: mx.array, values: mx.array) -> bool:
+    """Whether `attend` is made for arrays of these sizes and types, and right where a kernel computes it."""
+    widths = (keys.shape[-1], values.shape[-1])
+    alike = q.dtype == keys.dtype == values.dtype and q.shape[1] % keys.shape[1] == 0
+    fits = alike and (not on_cuda() or all(width % LANES == 0 and width <= WIDEST for width in widths))
+    return q.shape[0] == q.shape[2] == 1 and fits
+
+
+@cache
+def is_right(dtype: mx.Dtype) -> bool:
+    """Whether this device's kernel computes what plain operations do; tried once, on small arrays, and remembered."""
+    text = hashlib.sha256((SOURCE + HEADER).encode()).hexdigest()
+    return not on_cuda() or remembered(f"attend {text[:16]}, {dtype}", lambda: _error(dtype)) <= MOST_ERROR
+
+
+def _error(dtype: mx.Dtype) -> float:
+    """How far the kernel is off, relative to the largest number; infinite where it is refused."""
+    width, groups, cached, beside = 64, 2, 70, 5
+    shapes = [(1, 4, 1, width), *[(1, groups, n, width) for n in (96, 96, RECENT, RECENT, 1, 1)]]
+    keys = mx.random.split(mx.random.key(0), len(shapes))
+    q, *rest = (mx.random.normal(shape, key=key).astype(dtype) for shape, key in zip(shapes, keys, strict=True))
+    pairs = [(rest[i], rest[i + 1]) for i in (0, 2, 4)]
+    try:
+        out, following = _by_kernel(q, *pairs, mx.array([cached, beside], mx.int32), 0.3)
+        mx.eval(out, following)
+    except (RuntimeError, ValueError):
+        return math.inf
+    all_of = [[pairs[0][i][:, :, :cached], pairs[1][i][:, :, :beside], pairs[2][i]] for i in (0, 1)]
+    k, v = (mx.repeat(mx.concatenate(parts, axis=2).astype(mx.float32), 2, axis=1) for parts in all_of)
+    expected = mx.softmax(0.3 * q.astype(mx.float32) @ k.swapaxes(-1, -2), axis=-1) @ v
+    error = mx.abs(out.astype(mx.float32) - expected).max() / mx.abs(expected).max()
+    for i in (0, 1):
+        moved = mx.abs(following[i][:, :, : beside + 1] - mx.concatenate(all_of[i][1:], axis=2)).max()
+        error = mx.maximum(error, moved.astype(mx.float32))
+    return error.item() if math.isfinite(error.item()) else math.inf

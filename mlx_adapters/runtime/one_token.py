@@ -1,0 +1,191 @@
+"""A model called for one token after another: one compiled function, where Python would build a thousand operations.
+
+On a GPU the host is what decoding waits for: it builds a 4B model's step of some 1,100 operations in half the time that
+a token takes. A compiled step is not built again; but its arrays have fixed shapes, and a cache grows with each token.
+So the newest keys and values lie beside the cache (see `attention`) and go into it some at a time.
+
+What a model is asked for here is no more than a cache that counts its tokens in an array, as caches of batches do, and
+attention by `mx.fast.scaled_dot_product_attention`. Whether that is all is seen while its step is traced, and whether
+it is right by the first step, which is computed both ways.
+"""
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+from mlx_adapters.models.dense import compute_dtype
+from mlx_adapters.runtime import attention
+from mlx_adapters.runtime.attention import RECENT, Pair
+from mlx_adapters.surgery.calls import function_call_as
+from mlx_adapters.system.door import KVCache, mx, nn
+from mlx_adapters.system.machine import on_cuda
+
+WORTH_TOKENS = 16  # so many are computed before a step is compiled: that takes as long as it saves in them
+MOST_TOKENS = 8192  # in the cache; with more of them attention takes longer here than in MLX
+MOST_ERROR = 5e-2  # of the largest logit: sums in another order, in 16 bits through all blocks
+VERDICT = "_one_token"  # in the model's __dict__, where MLX looks for no parameters
+
+Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+class _Unsuited(Exception):
+    """The model asks more of its cache than is here."""
+
+
+class _Beside:
+    """Stands in for a layer's cache while a step is traced."""
+
+    def __init__(self, cached: Pair, recent: Pair, counts: mx.array) -> None:
+        self.cached, self.recent, self.counts = cached, recent, counts
+        self.offset = counts[0:1] + counts[1:2]  # as a batch of one row has it
+        self.new: Pair | None = None
+        self.following: Pair | None = None
+
+    def make_mask(self, length: int, return_array: bool = False, window_size: int | None = None) -> None:
+        """None: the token may look at all."""
+        if return_array or window_size is not None:
+            raise _Unsuited
+        return None
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> Pair:
+        """The new ones, by which the attention that follows knows whose they are."""
+        if self.new is not None:
+            raise _Unsuited
+        self.new = keys, values
+        return self.new
+
+    def attend(self, q: mx.array, scale: float) -> mx.array:
+        """Attention to all that came before."""
+        assert self.new is not None
+        if self.following is not None or not attention.serves(q, *self.new):
+            raise _Unsuited
+        if any(
+            new.shape[:2] + new.shape[3:] != old.shape[:2] + old.shape[3:]
+            for new, old in zip(self.new, self.cached, strict=True)
+        ):
+            raise _Unsuited
+        out, self.following = attention.attend(q, self.cached, self.recent, self.new, self.counts, scale)
+        return out
+
+
+class OneToken:
+    """`module`, to be called as it is with tokens and a cache; single tokens of an answer are computed compiled.
+
+    It is for one answer: it sees the weights that the module has when its first step is compiled, and those updates of
+    adapters that are at work with each token. At the end of its block the cache has all tokens.
+
+    compile: what makes a function a compiled one. after: how many single tokens are computed as they are.
+    """
+
+    def __init__(self, module: nn.Module, compile: Compile = mx.compile, after: int = WORTH_TOKENS) -> None:
+        self.module, self._compile, self._after = module, compile, after
+        self._sites = list(
+            {id(s): s for m in module.modules() if (s := getattr(m, "_site", None)) is not None}.values()
+        )
+        self._step: Callable[..., Any] | None = None
+        self._updates: list[Any] = []
+        self._cache: Sequence[Any] = ()
+        self._recent: list[mx.array] = []
+        self._beside = 0
+
+    def __call__(self, tokens: mx.array, cache: Sequence[Any]) -> mx.array:
+        """(1, tokens, vocabulary) logits."""
+        if tokens.shape == (1, 1) and self._after > 0:
+            self._after -= 1
+        elif tokens.shape == (1, 1) and self._suits(cache):
+            with contextlib.suppress(_Unsuited):
+                return self._one(tokens, cache)
+            vars(self.module)[VERDICT] = False
+        self.finish()
+        return self.module(tokens, cache=cache)
+
+    def __enter__(self) -> "OneToken":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.finish()
+
+    def finish(self) -> None:
+        """Let the cache have what lies beside it."""
+        count, self._beside = self._beside, 0
+        pairs = zip(self._recent[::2], self._recent[1::2], strict=True)
+        for layer, (keys, values) in zip(self._cache, pairs, strict=True) if count else ():
+            layer.update_and_fetch(keys[..., :count, :], values[..., :count, :])
+        self._cache = ()
+
+    def _suits(self, cache: Sequence[Any]) -> bool:
+        if vars(self.module).get(VERDICT) is False:
+            return False
+        plain = all(type(layer) is KVCache and layer.keys is not None for layer in cache)
+        return plain and len({layer.offset for layer in cache}) == 1 and cache[0].offset < MOST_TOKENS
+
+    def _one(self, tokens: mx.array, cache: Sequence[Any]) -> mx.array:
+        if self._cache is not cache:
+            self.finish()
+            shapes = [(*a.shape[:2], RECENT, a.shape[3]) for layer in cache for a in (layer.keys, layer.values)]
+            self._recent = [mx.zeros(shape, cache[0].keys.dtype) for shape in shapes]
+            self._cache = cache
+        updates = [site.update for site in self._sites]
+        if self._step is None or any(one is not other for one, other in zip(updates, self._updates, strict=True)):
+            self._step, self._updates = (
+                self._compile(partial(_traced, self.module)),
+                updates,
+            )  # (not a method: MLX would keep it)
+        expected = None
+        if VERDICT not in vars(self.module):
+            expected = self.module(tokens, cache=[copy.copy(layer) for layer in cache])
+        arrays = [array for layer in cache for array in (layer.keys, layer.values)]
+        counts = mx.array([cache[0].offset, self._beside], mx.int32)
+        logits, *following = self._step(tokens, counts, *arrays, *self._recent)
+        if expected is not None:
+            vars(self.module)[VERDICT] = _near(logits, expected)
+            if not vars(self.module)[VERDICT]:
+                raise _Unsuited
+        self._recent, self._beside = following, self._beside + 1
+        if self._beside == RECENT:
+            self.finish()
+            self._cache = cache
+        return logits
+
+
+def serves(module: nn.Module) -> bool:
+    """Whether a step of this model is worth compiling here: on CUDA, where its kernel is right."""
+    return on_cuda() and attention.is_right(compute_dtype(module))
+
+
+def _traced(module: nn.Module, tokens: mx.array, counts: mx.array, *arrays: mx.array) -> list[mx.array]:
+    """Logits, and what lies beside the cache after it: `arrays` are the cache's, then those beside it."""
+    pairs = list(zip(arrays[::2], arrays[1::2], strict=True))
+    layers = [_Beside(*both, counts) for both in zip(pairs[: len(pairs) // 2], pairs[len(pairs) // 2 :], strict=True)]
+    with _attention_of(layers):
+        try:
+            logits = module(tokens, cache=layers)
+        except (TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
+            raise _Unsuited from error
+    if any(layer.following is None for layer in layers):
+        raise _Unsuited
+    return [logits, *(array for layer in layers for array in layer.following or ())]
+
+
+@contextlib.contextmanager
+def _attention_of(layers: Sequence[_Beside]) -> Iterator[None]:
+    """Within the block, in this thread, MLX's attention to a layer's new keys and values is to all of them."""
+
+    def to_all(original: Callable[..., mx.array], q: mx.array, k: mx.array, v: mx.array, **options: Any) -> mx.array:
+        for layer in layers:
+            if layer.new is not None and k is layer.new[0] and v is layer.new[1]:
+                scale = options.pop("scale")
+                if any(option is not None for option in options.values()):
+                    raise _Unsuited  # a mask, sinks
+                return layer.attend(q, scale)
+        raise _Unsuited
+
+    with function_call_as(mx.fast, "scaled_dot_product_attention", to_all):
+        yield
+
+
+def _near(logits: mx.array, expected: mx.array) -> bool:
+    error = mx.abs(logits - expected).max() / mx.abs(expected).max()
+    return bool((error <= MOST_ERROR).item())
