@@ -143,11 +143,11 @@ def decode(
     if drafts is not None:  # what is guessed and forgotten is not quantized on the way
         kv = reaching(kv, before + ids.size + room)
     cache = new_layers(model.module, kv) if cache is None else cache
-    finish = contextlib.nullcontext[Any]()
+    finished: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
     if drafts is None:
         called = by_block(model.module)
         if kv is None and one_token.serves(model.module):
-            called = finish = one_token.OneToken(model.module)
+            called = finished = one_token.OneToken(model.module)
         processors = [sampler.process] if sampler.processors else None
         steps = generate_step(
             ids,
@@ -160,7 +160,7 @@ def decode(
         )
     else:
         steps = drafted_steps(ids.tolist(), model.module, cache, drafts, sampler.step, sampler.foresee, room)
-    with finish, contextlib.closing(steps):  # not every Python ends what an ended generator was reading
+    with finished, contextlib.closing(steps):  # not every Python ends what an ended generator was reading
         for made, (token, logprobs) in enumerate(steps, start=1):
             piece = text.add(token) if token not in ends else ""
             reason = "stop" if token in ends or text.stopped else None

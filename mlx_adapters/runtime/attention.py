@@ -158,9 +158,9 @@ def _error(dtype: mx.Dtype) -> float:
     shapes = [(1, 4, 1, width), *[(1, groups, n, width) for n in (96, 96, RECENT, RECENT, 1, 1)]]
     keys = mx.random.split(mx.random.key(0), len(shapes))
     q, *rest = (mx.random.normal(shape, key=key).astype(dtype) for shape, key in zip(shapes, keys, strict=True))
-    pairs = [(rest[i], rest[i + 1]) for i in (0, 2, 4)]
+    pairs = before, recent, new = [(rest[i], rest[i + 1]) for i in (0, 2, 4)]
     try:
-        out, following = _by_kernel(q, *pairs, mx.array([cached, beside], mx.int32), 0.3)
+        out, following = _by_kernel(q, before, recent, new, mx.array([cached, beside], mx.int32), 0.3)
         mx.eval(out, following)
     except (RuntimeError, ValueError):
         return math.inf

@@ -12,20 +12,23 @@ it is right by the first step, which is computed both ways.
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
+
+from mlx.utils import tree_flatten
 
 from mlx_adapters.models.dense import compute_dtype
 from mlx_adapters.runtime import attention
 from mlx_adapters.runtime.attention import RECENT, Pair
-from mlx_adapters.surgery.calls import function_call_as
+from mlx_adapters.surgery.calls import HELD, function_call_as
 from mlx_adapters.system.door import KVCache, mx, nn
 from mlx_adapters.system.machine import on_cuda
 
 WORTH_TOKENS = 16  # so many are computed before a step is compiled: that takes as long as it saves in them
 MOST_TOKENS = 8192  # in the cache; with more of them attention takes longer here than in MLX
 MOST_ERROR = 5e-2  # of the largest logit: sums in another order, in 16 bits through all blocks
-VERDICT = "_one_token"  # in the model's __dict__, where MLX looks for no parameters
+KEPT = "_one_token"  # in the model's __dict__, where MLX looks for no parameters
 
 Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -70,34 +73,55 @@ class _Beside:
         return out
 
 
+@dataclass
+class _Kept:
+    """With a model: whether its steps are right (None: not tried), and the last one that was compiled, with what it was
+    made of; MLX makes constants of these."""
+
+    right: bool | None = None
+    step: Callable[..., Any] | None = None
+    parts: list[Any] = field(default_factory=list)
+    updates: list[Any] = field(default_factory=list)
+
+
+def forget(module: nn.Module) -> None:
+    """Let go of the model's compiled step, which holds arrays of adapters."""
+    if KEPT in vars(module):
+        vars(module)[KEPT] = _Kept(vars(module)[KEPT].right)
+
+
 class OneToken:
     """`module`, to be called as it is with tokens and a cache; single tokens of an answer are computed compiled.
 
-    It is for one answer: it sees the weights that the module has when its first step is compiled, and those updates of
-    adapters that are at work with each token. At the end of its block the cache has all tokens.
+    It is for one answer: it sees the weights that the module has when it is made, and those updates of adapters that
+    are at work with each token. At the end of its block the cache has all tokens.
 
-    compile: what makes a function a compiled one. after: how many single tokens are computed as they are.
+    compile: what makes a function a compiled one. after: how many single tokens come first, if there is no step yet.
     """
 
     def __init__(self, module: nn.Module, compile: Compile = mx.compile, after: int = WORTH_TOKENS) -> None:
-        self.module, self._compile, self._after = module, compile, after
-        self._sites = list(
-            {id(s): s for m in module.modules() if (s := getattr(m, "_site", None)) is not None}.values()
-        )
-        self._step: Callable[..., Any] | None = None
-        self._updates: list[Any] = []
+        self.module, self._compile = module, compile
+        self._kept: _Kept = vars(module).setdefault(KEPT, _Kept())
+        modules = module.modules()
+        self._sites = list({id(m._site): m._site for m in modules if hasattr(m, "_site")}.values())
+        steps_in = [function for m in modules for each in vars(m).get(HELD, {}).values() for function in each]
+        parts = [*(array for _, array in tree_flatten(module.parameters())), *steps_in]
+        if not _same(self._kept.parts, parts):
+            self._kept.step, self._kept.parts = None, parts
+        self._before = after if self._kept.step is None else 0
         self._cache: Sequence[Any] = ()
         self._recent: list[mx.array] = []
         self._beside = 0
 
     def __call__(self, tokens: mx.array, cache: Sequence[Any]) -> mx.array:
         """(1, tokens, vocabulary) logits."""
-        if tokens.shape == (1, 1) and self._after > 0:
-            self._after -= 1
+        if tokens.shape == (1, 1) and self._before > 0:
+            self._before -= 1
         elif tokens.shape == (1, 1) and self._suits(cache):
             with contextlib.suppress(_Unsuited):
                 return self._one(tokens, cache)
-            vars(self.module)[VERDICT] = False
+            self._kept.right = False
+            forget(self.module)
         self.finish()
         return self.module(tokens, cache=cache)
 
@@ -113,41 +137,44 @@ class OneToken:
         pairs = zip(self._recent[::2], self._recent[1::2], strict=True)
         for layer, (keys, values) in zip(self._cache, pairs, strict=True) if count else ():
             layer.update_and_fetch(keys[..., :count, :], values[..., :count, :])
-        self._cache = ()
 
     def _suits(self, cache: Sequence[Any]) -> bool:
-        if vars(self.module).get(VERDICT) is False:
-            return False
         plain = all(type(layer) is KVCache and layer.keys is not None for layer in cache)
-        return plain and len({layer.offset for layer in cache}) == 1 and cache[0].offset < MOST_TOKENS
+        return (
+            self._kept.right is not False
+            and plain
+            and len({layer.offset for layer in cache}) == 1
+            and cache[0].offset < MOST_TOKENS
+        )
 
     def _one(self, tokens: mx.array, cache: Sequence[Any]) -> mx.array:
-        if self._cache is not cache:
+        if self._cache is not cache or self._beside == RECENT:
             self.finish()
+        if self._cache is not cache:
             shapes = [(*a.shape[:2], RECENT, a.shape[3]) for layer in cache for a in (layer.keys, layer.values)]
-            self._recent = [mx.zeros(shape, cache[0].keys.dtype) for shape in shapes]
-            self._cache = cache
-        updates = [site.update for site in self._sites]
-        if self._step is None or any(one is not other for one, other in zip(updates, self._updates, strict=True)):
-            self._step, self._updates = (
-                self._compile(partial(_traced, self.module)),
-                updates,
-            )  # (not a method: MLX would keep it)
+            self._recent, self._cache = [mx.zeros(shape, cache[0].keys.dtype) for shape in shapes], cache
         expected = None
-        if VERDICT not in vars(self.module):
+        if self._kept.right is None:
             expected = self.module(tokens, cache=[copy.copy(layer) for layer in cache])
         arrays = [array for layer in cache for array in (layer.keys, layer.values)]
         counts = mx.array([cache[0].offset, self._beside], mx.int32)
-        logits, *following = self._step(tokens, counts, *arrays, *self._recent)
+        logits, *following = self._step()(tokens, counts, *arrays, *self._recent)
         if expected is not None:
-            vars(self.module)[VERDICT] = _near(logits, expected)
-            if not vars(self.module)[VERDICT]:
+            self._kept.right = _near(logits, expected)
+            if not self._kept.right:
                 raise _Unsuited
         self._recent, self._beside = following, self._beside + 1
-        if self._beside == RECENT:
-            self.finish()
-            self._cache = cache
         return logits
+
+    def _step(self) -> Callable[..., Any]:
+        kept, updates = self._kept, [site.update for site in self._sites]
+        if kept.step is None or not _same(kept.updates, updates):
+            kept.step, kept.updates = self._compile(partial(_traced, self.module)), updates
+        return kept.step
+
+
+def _same(some: Sequence[Any], others: Sequence[Any]) -> bool:
+    return len(some) == len(others) and all(one is other for one, other in zip(some, others, strict=True))
 
 
 def serves(module: nn.Module) -> bool:

@@ -31,6 +31,7 @@ from mlx_adapters.models.layers import adaptable_layers, resolve_target_modules
 from mlx_adapters.models.metadata import AdapterConfig
 from mlx_adapters.runtime import pool as pool_module
 from mlx_adapters.runtime.additions import ForAll
+from mlx_adapters.runtime.one_token import OneToken
 from mlx_adapters.runtime.pool import AdapterPool
 from mlx_adapters.runtime.sites import Concatenated, at_path, replace_layers
 from mlx_adapters.surgery.calls import intercept
@@ -190,6 +191,7 @@ VARIANTS = {
     "each layer": (ForAll, dict(group=False)),
     "groups": (ForAll, dict(group=True)),
     "groups compiled": (ForAll, dict(group=True)),
+    "groups, one token": (ForAll, dict(group=True)),
     "groups padded": (Padded, dict(group=True)),
     "groups addmm": (Added, dict(group=True)),
     "groups gather": (Gathered, dict(group=True)),
@@ -234,7 +236,7 @@ def attach_mlx_lm(model, adapter):
 
 def prepare(variant, model, adapters):
     """Attach; give (context for decoding, notes)."""
-    if variant == "base":
+    if variant in ("base", "base, one token"):
         return contextlib.nullcontext, {}
     if variant == "base compiled":
         compile_parts(model)
@@ -263,10 +265,15 @@ def prepare(variant, model, adapters):
     return (lambda: pool.routed(rows)) if mixed else contextlib.nullcontext, notes
 
 
-def decode(model, batch, tokens, clock):
-    """Seconds of each of `tokens` steps of `batch` rows after a 16-token prompt."""
-    cache = make_prompt_cache(model)
-    y = mx.argmax(model(mx.zeros((batch, 16), dtype=mx.uint32), cache=cache)[:, -1], axis=-1)
+def called(variant, model):
+    """What is called with tokens: the model, or for one token after another its compiled step."""
+    return OneToken(model, after=0) if variant.endswith("one token") else model
+
+
+def decode(variant, model, batch, tokens, clock, before=16):
+    """Seconds of each of `tokens` steps of `batch` rows after a prompt of `before` tokens."""
+    cache, model = make_prompt_cache(model), called(variant, model)
+    y = mx.argmax(model(mx.zeros((batch, before), dtype=mx.uint32), cache=cache)[:, -1], axis=-1)
     mx.eval(y)
     steps, start = [], clock()
     for _ in range(tokens):
@@ -301,7 +308,7 @@ def run(shape, batch, options, clock):
     mx.eval(first.parameters())
     adapters = random_adapters(first, dtype, ADAPTERS if batch > 1 else 1)
     names = (
-        ["base", "base compiled", "base unpacked", "mlx-lm", *VARIANTS]
+        ["base", "base, one token", "base compiled", "base unpacked", "mlx-lm", *VARIANTS]
         if batch == 1
         else ["base", "mlx-lm", "ours", f"ours/{batch}"]
     )
@@ -314,7 +321,7 @@ def run(shape, batch, options, clock):
             with context():
                 computed = logits(model, batch)[0]
                 mx.eval(computed)
-                decode(model, batch, 4, clock)
+                decode(name, model, batch, 4, clock, options.before)
                 for tokens in options.prefill:
                     prefill(model, batch, tokens, clock)
         except Exception as failure:
@@ -329,7 +336,7 @@ def run(shape, batch, options, clock):
         for name, (model, context) in ready.items():
             if time.time() - begun < options.budget:
                 with context():
-                    results[name]["steps"] += decode(model, batch, options.tokens, clock)
+                    results[name]["steps"] += decode(name, model, batch, options.tokens, clock, options.before)
                     for tokens in options.prefill:
                         seconds = results[name]["prefill"].setdefault(tokens, [])
                         seconds.append(prefill(model, batch, tokens, clock))
@@ -343,7 +350,7 @@ def show(shape, batch, options, results, seconds):
         f"{options.rounds} rounds of {options.tokens} tokens, {mx.default_device()}, {seconds:.0f} s"
     )
     print(
-        f"{'variant':15}{'tok/s':>8}{'(mean)':>9}{'best 10%':>9}{'of base':>9}{'(mean)':>8}{'(best)':>8}"
+        f"{'variant':18}{'tok/s':>8}{'(mean)':>9}{'best 10%':>9}{'of base':>9}{'(mean)':>8}{'(best)':>8}"
         f"{'error':>9}{'switch ms':>10}{'attach s':>9}"
     )
     for name, result in results.items():
@@ -355,7 +362,7 @@ def show(shape, batch, options, results, seconds):
         base = results["base"]["tokens_per_second"].values()
         ratios = [figure / of for figure, of in zip(figures, base, strict=True)]
         print(
-            f"{name:15}{figures[0]:8.1f}{figures[1]:9.1f}{figures[2]:9.1f}{ratios[0]:9.3f}{ratios[1]:8.3f}"
+            f"{name:18}{figures[0]:8.1f}{figures[1]:9.1f}{figures[2]:9.1f}{ratios[0]:9.3f}{ratios[1]:8.3f}"
             f"{ratios[2]:8.3f}{result.get('error', 0):9.1e}{result.get('switch_ms', 0):10.2f}"
             f"{result.get('attach_seconds', 0):9.2f}",
             flush=True,
@@ -364,7 +371,7 @@ def show(shape, batch, options, results, seconds):
         for name in results:
             own, base = (statistics.median(results[n]["prefill"].get(tokens, [0.0])) for n in (name, "base"))
             ratio = own / base if base else 0.0
-            print(f"prefill of {tokens} tokens: {name:15} {1e3 * own:8.1f} ms, {ratio:.3f} of base", flush=True)
+            print(f"prefill of {tokens} tokens: {name:18} {1e3 * own:8.1f} ms, {ratio:.3f} of base", flush=True)
 
 
 def main():
@@ -374,6 +381,7 @@ def main():
     parser.add_argument("--bits", type=int, default=4, help="0: not quantized")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--before", type=int, default=16, help="tokens of the prompt that is decoded after")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--prefill", nargs="*", type=int, default=[], help="tokens of prompts to read, too")
     parser.add_argument("--only", nargs="+", help="some of the variants")
