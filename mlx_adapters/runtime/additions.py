@@ -47,19 +47,24 @@ class ForAll:
 
     def linears(self, y: mx.array, x: mx.array, widths: Sequence[int]) -> list[mx.array]:
         """The outputs of linear layers on x (..., in), from what they computed, y (..., Σ widths)."""
-        f, rank = self.factors, self.b.shape[-2]
+        f = self.factors
         if kernel.serves(y, x, f.b):
             slots = kernel.first(x)
             return split(kernel.add_update(y, x, self.kernel_a, self.kernel_b, widths, slots, f.gain, f.shift), widths)
+        return self.added(split(y, widths), x)
+
+    def added(self, parts: Sequence[mx.array], x: mx.array) -> list[mx.array]:
+        """The outputs, from what each of the layers computed, (..., width) each."""
+        f, widths = self.factors, [part.shape[-1] for part in parts]
         if f.gain is not None:
-            y = y * f.gain
+            parts = [part * gain for part, gain in zip(parts, split(f.gain, widths), strict=True)]
             if f.shift is not None:
-                y = y + f.shift
+                parts = [part + shift for part, shift in zip(parts, split(f.shift, widths), strict=True)]
         a, b = (self.one_a, self.one_b) if x.ndim == 3 and x.shape[0] == 1 else (self.a, self.b)
         z = x @ a  # (..., layers · r)
         adds = self.adds or x.size > MANY_TOKENS * x.shape[-1]
-        parts = zip(split(y, widths), split(z, [rank] * len(widths)), split(b, widths), strict=True)
-        return [mx.addmm(part, low, high) if adds else part + low @ high for part, low, high in parts]
+        shares = zip(parts, split(z, [self.b.shape[-2]] * len(widths)), split(b, widths), strict=True)
+        return [mx.addmm(part, low, high) if adds else part + low @ high for part, low, high in shares]
 
     def compiled(self, product: Product, widths: Sequence[int]) -> Callable[[mx.array], list[mx.array]]:
         """`linears` of what `product` gives for its argument, compiled; gone with this object, as its constants are."""

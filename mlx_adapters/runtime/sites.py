@@ -15,7 +15,7 @@ from typing import Any
 
 from mlx_adapters.models.dense import dense_layer, dense_weight, weight_shape
 from mlx_adapters.models.layers import EMBEDDING, SWITCH, AdapterLayer
-from mlx_adapters.runtime.additions import MANY_TOKENS, Addition, outputs_of
+from mlx_adapters.runtime.additions import MANY_TOKENS, Addition, ForAll, outputs_of
 from mlx_adapters.runtime.factors import Factors, below_each_other
 from mlx_adapters.storage.tensor_names import BIAS, QUANTIZED_LEAVES, WEIGHT
 from mlx_adapters.surgery.calls import intercept
@@ -65,6 +65,8 @@ class Group(Site):
         """See Site."""
         if self.update is None:
             return [layer(x) for layer in self.layers]
+        if isinstance(self.update, ForAll) and self.product.unpacks_for(x):
+            return self.update.added(self.product.each(x, self.widths), x)
         return outputs_of(self.update, self.product, x, self.widths)
 
     def linear(self, x: mx.array, index: int = 0) -> mx.array:
@@ -105,11 +107,27 @@ class Concatenated:
             y = x @ self.transposed
         else:
             packed = (self.arrays.get(name) for name in QUANTIZED_LEAVES)
-            if self.unpacks and x.size > MANY_TOKENS * x.shape[-1]:
+            if self.unpacks_for(x):
                 y = x @ mx.dequantize(*packed, **self.options, dtype=x.dtype).T
             else:
                 y = mx.quantized_matmul(x, *packed, transpose=True, **self.options)
         return y if self.bias is None else y + self.bias
+
+    def unpacks_for(self, x: mx.array) -> bool:
+        """Whether x is of so many tokens that the matrix is unpacked for it."""
+        return self.unpacks and x.size > MANY_TOKENS * x.shape[-1]
+
+    def each(self, x: mx.array, widths: Sequence[int]) -> list[mx.array]:
+        """What each layer computes, in arrays of their own: of many tokens a part of one array would be copied."""
+        outputs: list[mx.array] = []
+        start = 0
+        for width in widths:
+            own = {name: array[start : start + width] for name, array in self.arrays.items()}
+            packed = (own.get(name) for name in QUANTIZED_LEAVES)
+            y = x @ mx.dequantize(*packed, **(self.options or {}), dtype=x.dtype).T
+            outputs.append(y + own[BIAS] if BIAS in own else y)
+            start += width
+        return outputs
 
 
 def joined(layers: Sequence[nn.Module]) -> nn.QuantizedLinear:
