@@ -12,13 +12,13 @@ from typing import Any
 from mlx_adapters.config.data import TemplateConfig
 from mlx_adapters.config.quantization import CacheQuantization
 from mlx_adapters.config.sampling import Sampling
+from mlx_adapters.drafting import one_token
 from mlx_adapters.drafting.checking import Drafts, drafted_steps
 from mlx_adapters.errors import ConfigError
 from mlx_adapters.generation.sampling import Sampler, stop_tokens
 from mlx_adapters.models.model import Model
 from mlx_adapters.prompt_caches.layers import count_of, shortened
 from mlx_adapters.prompt_caches.quantized import new_layers, reaching
-from mlx_adapters.runtime import one_token
 from mlx_adapters.runtime.attached import Selection
 from mlx_adapters.surgery.blocks import by_block
 from mlx_adapters.system.door import generate_step, mx

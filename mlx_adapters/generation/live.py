@@ -17,6 +17,7 @@ from mlx_adapters.config.data import TemplateConfig
 from mlx_adapters.config.mapping import to_mapping
 from mlx_adapters.config.quantization import CacheQuantization
 from mlx_adapters.config.sampling import Drafting, Sampling, SamplingOptions
+from mlx_adapters.drafting import one_token
 from mlx_adapters.drafting.drafts import Drafter, load_drafter
 from mlx_adapters.errors import AdapterError, IncompatibleError
 from mlx_adapters.generation.batching import texts_of
@@ -131,6 +132,7 @@ class LiveModel(Model):
         check_fits(adapter, self.pool.layers, f"'{self.base.name}'")
         if not any_base:
             check_made_for(adapter, self.base.name, self.base.fingerprint)
+        one_token.forget(self.module)  # one of that name leaves
         return self.pool.add(name or self._own_name(adapter), adapter, spent)
 
     def _own_name(self, adapter: Adapter) -> str:
@@ -148,6 +150,7 @@ class LiveModel(Model):
         """
         for each in [name] if name is not None else list(self.pool.attached):
             self.pool.remove(each)
+        one_token.forget(self.module)
         self._note_selection()
 
     def use(self, adapter: str | Mapping[str, float] | None, scale: float = 1.0) -> None:
@@ -215,6 +218,7 @@ class LiveModel(Model):
             finally:
                 if temporary is not None and temporary.alive:
                     self.pool.remove(temporary.name)
+                    one_token.forget(self.module)
                 self._note_selection()
 
     def fuse_in_place(self, adapter: str | Mapping[str, float], scale: float = 1.0) -> None:

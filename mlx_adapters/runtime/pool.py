@@ -19,7 +19,7 @@ from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.models.dense import compute_dtype, is_quantized
 from mlx_adapters.models.layers import SWITCH, adaptable_layers, check_fits
 from mlx_adapters.models.quantized_check import are_right
-from mlx_adapters.runtime import kernel, one_token
+from mlx_adapters.runtime import kernel
 from mlx_adapters.runtime.additions import ForAll
 from mlx_adapters.runtime.attached import Attached, Selection, combined, is_mixture, same
 from mlx_adapters.runtime.factors import Factors, prepare
@@ -162,7 +162,6 @@ class AdapterPool:
             self.select(())
         entry.factors = {}
         self._stacks, self._plans = None, {}
-        one_token.forget(self.module)
         if part(self.attached.values()):
             self.select(self.selection)
 

@@ -25,13 +25,13 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tuner.lora import LoRALinear
 
 from mlx_adapters.config.training import LoraConfig
+from mlx_adapters.drafting.one_token import OneToken
 from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.models.dense import weight_shape
 from mlx_adapters.models.layers import adaptable_layers, resolve_target_modules
 from mlx_adapters.models.metadata import AdapterConfig
 from mlx_adapters.runtime import pool as pool_module
 from mlx_adapters.runtime.additions import ForAll
-from mlx_adapters.runtime.one_token import OneToken
 from mlx_adapters.runtime.pool import AdapterPool
 from mlx_adapters.runtime.sites import Concatenated, at_path, replace_layers
 from mlx_adapters.surgery.calls import intercept

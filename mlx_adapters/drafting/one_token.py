@@ -18,9 +18,9 @@ from typing import Any
 
 from mlx.utils import tree_flatten
 
+from mlx_adapters.drafting import attention
+from mlx_adapters.drafting.attention import RECENT, Pair
 from mlx_adapters.models.dense import compute_dtype
-from mlx_adapters.runtime import attention
-from mlx_adapters.runtime.attention import RECENT, Pair
 from mlx_adapters.surgery.calls import HELD, function_call_as
 from mlx_adapters.system.door import KVCache, mx, nn
 from mlx_adapters.system.machine import on_cuda

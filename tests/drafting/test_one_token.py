@@ -1,7 +1,7 @@
-"""A step that is compiled: the model's own numbers, the cache as it would be, and the model's own step where it must be.
+"""A step that is compiled gives the model's own numbers, and the cache is as it would be; else the model is called.
 
-Here plain operations compute its attention, and nothing is compiled; the kernel is held against plain operations where it
-is first used (`attention.is_right`).
+Here plain operations compute its attention, and nothing is compiled; the kernel is held against plain operations where
+it is first used (`attention.is_right`).
 """
 
 import contextlib
@@ -13,9 +13,9 @@ from helpers.adapters import distance, random_adapter
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_adapters.config.quantization import CacheQuantization
+from mlx_adapters.drafting import attention, one_token
+from mlx_adapters.drafting.one_token import KEPT, OneToken, forget
 from mlx_adapters.generation.live import load_model
-from mlx_adapters.runtime import attention, one_token
-from mlx_adapters.runtime.one_token import KEPT, OneToken, forget
 from mlx_adapters.runtime.pool import AdapterPool
 
 PROMPT = mx.array([[5, 9, 2, 77, 31]])
