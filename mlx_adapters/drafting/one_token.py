@@ -25,7 +25,7 @@ from mlx_adapters.surgery.calls import HELD, function_call_as
 from mlx_adapters.system.door import KVCache, mx, nn
 from mlx_adapters.system.machine import on_cuda
 
-WORTH_TOKENS = 16  # so many are computed before a step is compiled: that takes as long as it saves in them
+WORTH_TOKENS = 8  # so many are computed before a step is compiled: that takes as long as it saves in them
 MOST_TOKENS = 8192  # in the cache; with more of them attention takes longer here than in MLX
 MOST_ERROR = 5e-2  # of the largest logit: sums in another order, in 16 bits through all blocks
 KEPT = "_one_token"  # in the model's __dict__, where MLX looks for no parameters

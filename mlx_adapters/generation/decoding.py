@@ -20,6 +20,7 @@ from mlx_adapters.models.model import Model
 from mlx_adapters.prompt_caches.layers import count_of, shortened
 from mlx_adapters.prompt_caches.quantized import new_layers, reaching
 from mlx_adapters.runtime.attached import Selection
+from mlx_adapters.runtime.cuda import generating
 from mlx_adapters.surgery.blocks import by_block
 from mlx_adapters.system.door import generate_step, mx
 
@@ -151,7 +152,7 @@ def decode(
         processors = [sampler.process] if sampler.processors else None
         steps = generate_step(
             ids,
-            called,
+            _reading_fast(called),
             max_tokens=room,
             sampler=sampler,
             logits_processors=processors,
@@ -173,6 +174,16 @@ def decode(
             yield Response(piece, token, logprobs, ids.size, reason, *counts)
             if reason:
                 return
+
+
+def _reading_fast(model: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    """The model, whose prompts are read as those that join a batch."""
+
+    def call(tokens: mx.array, **options: Any) -> mx.array:
+        with generating() if tokens.size > 1 else contextlib.nullcontext():
+            return model(tokens, **options)
+
+    return call
 
 
 @dataclass(eq=False)
