@@ -21,7 +21,7 @@ from mlx_adapters.system.gpu_kernels import build
 from mlx_adapters.system.machine import on_cuda
 
 RECENT = 32  # tokens whose keys and values lie beside the cache
-WIDEST, LANES, WARPS = 256, 32, 32
+WIDTHS, LANES, WARPS = (32, 64, 128, 256), 32, 32
 MOST_ERROR = 1e-2  # of the largest number
 INPUTS = ("q", "keys", "values", "recent_keys", "recent_values", "new_keys", "new_values", "counts", "scale")
 OUTPUTS = ("out", "next_keys", "next_values")
@@ -29,22 +29,22 @@ HEADER = "template <typename T, int N> struct alignas(sizeof(T) * N) Few { T v[N
 # A block for each head; each of its warps takes every 32nd token, AHEAD of them under way (Milakov and Gimelshein,
 # arXiv 1805.02867: the sum of exponentials without a pass for the largest).
 SOURCE = """
-constexpr int NK = K / 32, NV = V / 32, AHEAD = 4;
+constexpr int NK = K / 32, NV = V / 32, HELD = (NK + NV) * sizeof(T), AHEAD = HELD > 32 ? 1 : HELD > 16 ? 2 : 4;
 const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, head = blockIdx.x, room = keys_shape[2];
 const int shared = q_shape[1] / keys_shape[1], group = head / shared;
 const int cached = counts[0], beside = counts[1], length = cached + beside + 1;
-const T* key_at[3] = {
+const T* keys_of[3] = {
   keys + (size_t) group * room * K, recent_keys + (size_t) group * RECENT * K, new_keys + group * K};
-const T* value_at[3] = {
+const T* values_of[3] = {
   values + (size_t) group * room * V, recent_values + (size_t) group * RECENT * V, new_values + group * V};
 if (head % shared == 0) {
   for (int i = threadIdx.x; i < (beside + 1) * K; i += blockDim.x) {
     const bool last = i >= beside * K;
-    next_keys[(size_t) group * RECENT * K + i] = last ? key_at[2][i - beside * K] : key_at[1][i];
+    next_keys[(size_t) group * RECENT * K + i] = last ? keys_of[2][i - beside * K] : keys_of[1][i];
   }
   for (int i = threadIdx.x; i < (beside + 1) * V; i += blockDim.x) {
     const bool last = i >= beside * V;
-    next_values[(size_t) group * RECENT * V + i] = last ? value_at[2][i - beside * V] : value_at[1][i];
+    next_values[(size_t) group * RECENT * V + i] = last ? values_of[2][i - beside * V] : values_of[1][i];
   }
 }
 float own[NK], sum[NV], most = -INFINITY, weight = 0.0f;
@@ -60,10 +60,12 @@ for (int first = warp; first < length; first += 32 * AHEAD) {
   for (int j = 0; j < AHEAD; ++j) {
     const int token = first + 32 * j;
     if (token < length) {
-      const int where = (token >= cached) + (token >= cached + beside);
-      const int at = token - (where > 0 ? cached : 0) - (where > 1 ? beside : 0);
-      ks[j] = *reinterpret_cast<const Few<T, NK>*>(key_at[where] + (size_t) at * K + lane * NK);
-      vs[j] = *reinterpret_cast<const Few<T, NV>*>(value_at[where] + (size_t) at * V + lane * NV);
+      const bool is_cached = token < cached, is_new = token == length - 1;
+      const int at = is_cached ? token : is_new ? 0 : token - cached;
+      const T* k = is_cached ? keys_of[0] : is_new ? keys_of[2] : keys_of[1];
+      const T* v = is_cached ? values_of[0] : is_new ? values_of[2] : values_of[1];
+      ks[j] = *reinterpret_cast<const Few<T, NK>*>(k + (size_t) at * K + lane * NK);
+      vs[j] = *reinterpret_cast<const Few<T, NV>*>(v + (size_t) at * V + lane * NV);
     }
   }
   #pragma unroll
@@ -141,21 +143,25 @@ def serves(q: mx.array, keys: mx.array, values: mx.array) -> bool:
     """Whether `attend` is made for arrays of these sizes and types, and right where a kernel computes it."""
     widths = (keys.shape[-1], values.shape[-1])
     alike = q.dtype == keys.dtype == values.dtype and q.shape[1] % keys.shape[1] == 0
-    fits = alike and (not on_cuda() or all(width % LANES == 0 and width <= WIDEST for width in widths))
+    fits = alike and (not on_cuda() or set(widths) <= set(WIDTHS))
     return q.shape[0] == q.shape[2] == 1 and fits
 
 
 @cache
-def is_right(dtype: mx.Dtype) -> bool:
-    """Whether this device's kernel computes what plain operations do; tried once, on small arrays, and remembered."""
+def is_right(dtype: mx.Dtype, widths: tuple[int, int]) -> bool:
+    """Whether this device's kernel computes what plain operations do, for keys and values of these widths; tried once,
+    on small arrays, and remembered."""
+    if not on_cuda():
+        return True
     text = hashlib.sha256((SOURCE + HEADER).encode()).hexdigest()
-    return not on_cuda() or remembered(f"attend {text[:16]}, {dtype}", lambda: _error(dtype)) <= MOST_ERROR
+    kind = f"attend {text[:16]}, {dtype}, {widths[0]} and {widths[1]} wide"
+    return set(widths) <= set(WIDTHS) and remembered(kind, lambda: _error(dtype, widths)) <= MOST_ERROR
 
 
-def _error(dtype: mx.Dtype) -> float:
+def _error(dtype: mx.Dtype, widths: tuple[int, int]) -> float:
     """How far the kernel is off, relative to the largest number; infinite where it is refused."""
-    width, groups, cached, beside = 64, 2, 70, 5
-    shapes = [(1, 4, 1, width), *[(1, groups, n, width) for n in (96, 96, RECENT, RECENT, 1, 1)]]
+    groups, cached, beside = 2, 170, 5
+    shapes = [(1, 4, 1, widths[0]), *[(1, groups, n, width) for n in (192, RECENT, 1) for width in widths]]
     keys = mx.random.split(mx.random.key(0), len(shapes))
     q, *rest = (mx.random.normal(shape, key=key).astype(dtype) for shape, key in zip(shapes, keys, strict=True))
     pairs = before, recent, new = [(rest[i], rest[i + 1]) for i in (0, 2, 4)]

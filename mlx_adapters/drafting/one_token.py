@@ -20,7 +20,6 @@ from mlx.utils import tree_flatten
 
 from mlx_adapters.drafting import attention
 from mlx_adapters.drafting.attention import RECENT, Pair
-from mlx_adapters.models.dense import compute_dtype
 from mlx_adapters.surgery.calls import HELD, function_call_as
 from mlx_adapters.system.door import KVCache, mx, nn
 from mlx_adapters.system.machine import on_cuda
@@ -122,6 +121,8 @@ class OneToken:
                 return self._one(tokens, cache)
             self._kept.right = False
             forget(self.module)
+            self.finish()
+            self._cache = ()
         self.finish()
         return self.module(tokens, cache=cache)
 
@@ -139,13 +140,13 @@ class OneToken:
             layer.update_and_fetch(keys[..., :count, :], values[..., :count, :])
 
     def _suits(self, cache: Sequence[Any]) -> bool:
-        plain = all(type(layer) is KVCache and layer.keys is not None for layer in cache)
-        return (
-            self._kept.right is not False
-            and plain
-            and len({layer.offset for layer in cache}) == 1
-            and cache[0].offset < MOST_TOKENS
-        )
+        if self._cache is cache:  # looked at before
+            return cache[0].offset < MOST_TOKENS
+        if self._kept.right is False or not all(type(each) is KVCache and each.keys is not None for each in cache):
+            return False
+        kinds = {(layer.keys.dtype, (layer.keys.shape[-1], layer.values.shape[-1])) for layer in cache}
+        alike = len({layer.offset for layer in cache}) == 1 and cache[0].offset < MOST_TOKENS
+        return alike and all(attention.is_right(*kind) for kind in kinds)
 
     def _one(self, tokens: mx.array, cache: Sequence[Any]) -> mx.array:
         if self._cache is not cache or self._beside == RECENT:
@@ -177,9 +178,9 @@ def _same(some: Sequence[Any], others: Sequence[Any]) -> bool:
     return len(some) == len(others) and all(one is other for one, other in zip(some, others, strict=True))
 
 
-def serves(module: nn.Module) -> bool:
-    """Whether a step of this model is worth compiling here: on CUDA, where its kernel is right."""
-    return on_cuda() and attention.is_right(compute_dtype(module))
+def serves() -> bool:
+    """Whether compiling a step is worth its while on this device: with CUDA."""
+    return on_cuda()
 
 
 def _traced(module: nn.Module, tokens: mx.array, counts: mx.array, *arrays: mx.array) -> list[mx.array]:

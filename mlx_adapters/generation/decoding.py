@@ -147,7 +147,7 @@ def decode(
     finished: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
     if drafts is None:
         called = by_block(model.module)
-        if kv is None and one_token.serves(model.module):
+        if kv is None and one_token.serves():
             called = finished = one_token.OneToken(model.module)
         processors = [sampler.process] if sampler.processors else None
         steps = generate_step(

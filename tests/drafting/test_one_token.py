@@ -133,7 +133,7 @@ def test_a_step_that_is_wrong_is_not_taken(model, made, monkeypatch):
 def test_generation_writes_the_same_and_goes_on_from_its_cache(model, monkeypatch):
     model.attach(random_adapter(model), name="one")
     wanted = [model.generate([5, 9, 2], max_tokens=n, temperature=0).token_ids for n in (40, 6)]
-    monkeypatch.setattr(one_token, "serves", lambda module: True)
+    monkeypatch.setattr(one_token, "serves", lambda: True)
     monkeypatch.setattr(one_token, "OneToken", partial(OneToken, compile=lambda function: function, after=1))
     assert [model.generate([5, 9, 2], max_tokens=n, temperature=0).token_ids for n in (40, 6)] == wanted
     assert vars(model.module)[KEPT].right
