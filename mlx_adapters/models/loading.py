@@ -117,7 +117,8 @@ def require_numbers(module: nn.Module, base: Base) -> None:
     """Raise ModelError if the logits of a few tokens are NaN or infinite: so would be all that is made with them."""
     rows = base.vocabulary or 3
     first = rows // 3  # rows that no tokenizer uses lie at the ends
-    logits = module(mx.arange(first, min(first + 3, rows))[None])
+    tokens = mx.arange(first, min(first + 3, rows))[:, None]  # (3, 1): for several in a row CUDA compiles its attention
+    logits = module(tokens)
     if mx.isfinite(mx.logsumexp(logits.astype(mx.float32), axis=-1)).all().item():
         return
     bad = first_not_finite(dict(tree_flatten(module.parameters())))
