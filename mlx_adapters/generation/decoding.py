@@ -20,8 +20,8 @@ from mlx_adapters.models.model import Model
 from mlx_adapters.prompt_caches.layers import count_of, shortened
 from mlx_adapters.prompt_caches.quantized import new_layers, reaching
 from mlx_adapters.runtime.attached import Selection
-from mlx_adapters.runtime.cuda import generating
 from mlx_adapters.surgery.blocks import by_block
+from mlx_adapters.surgery.cuda import generating
 from mlx_adapters.system.door import generate_step, mx
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]  # a text, token ids, or a conversation's messages
