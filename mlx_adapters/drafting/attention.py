@@ -21,12 +21,12 @@ from mlx_adapters.system.gpu_kernels import build
 from mlx_adapters.system.machine import on_cuda
 
 RECENT = 32  # tokens whose keys and values lie beside the cache
-WIDTHS, LANES, WARPS = (32, 64, 128, 256), 32, 32
+WIDTHS, LANES, WARPS = (32, 64, 128, 256), 32, 16  # more threads would have too few registers
 MOST_ERROR = 1e-2  # of the largest number
 INPUTS = ("q", "keys", "values", "recent_keys", "recent_values", "new_keys", "new_values", "counts", "scale")
 OUTPUTS = ("out", "next_keys", "next_values")
 HEADER = "template <typename T, int N> struct alignas(sizeof(T) * N) Few { T v[N]; };"
-# A block for each head; each of its warps takes every 32nd token, AHEAD of them under way (Milakov and Gimelshein,
+# A block for each head; each of its warps takes every WARPSth token, AHEAD of them under way (Milakov and Gimelshein,
 # arXiv 1805.02867: the sum of exponentials without a pass for the largest).
 SOURCE = """
 constexpr int NK = K / 32, NV = V / 32, HELD = (NK + NV) * sizeof(T), AHEAD = HELD > 32 ? 1 : HELD > 16 ? 2 : 4;
@@ -53,12 +53,12 @@ const Few<T, NK> mine = *reinterpret_cast<const Few<T, NK>*>(q + (size_t) head *
 for (int i = 0; i < NK; ++i) own[i] = (float) mine.v[i] * scale[0];
 #pragma unroll
 for (int i = 0; i < NV; ++i) sum[i] = 0.0f;
-for (int first = warp; first < length; first += 32 * AHEAD) {
+for (int first = warp; first < length; first += WARPS * AHEAD) {
   Few<T, NK> ks[AHEAD];
   Few<T, NV> vs[AHEAD];
   #pragma unroll
   for (int j = 0; j < AHEAD; ++j) {
-    const int token = first + 32 * j;
+    const int token = first + WARPS * j;
     if (token < length) {
       const bool is_cached = token < cached, is_new = token == length - 1;
       const int at = is_cached ? token : is_new ? 0 : token - cached;
@@ -70,7 +70,7 @@ for (int first = warp; first < length; first += 32 * AHEAD) {
   }
   #pragma unroll
   for (int j = 0; j < AHEAD; ++j) {
-    if (first + 32 * j < length) {
+    if (first + WARPS * j < length) {
       float score = 0.0f;
       #pragma unroll
       for (int i = 0; i < NK; ++i) score += own[i] * (float) ks[j].v[i];
@@ -83,7 +83,7 @@ for (int first = warp; first < length; first += 32 * AHEAD) {
     }
   }
 }
-__shared__ float mosts[32], weights[32], sums[32][V + 1];
+__shared__ float mosts[WARPS], weights[WARPS], sums[WARPS][V + 1];
 if (lane == 0) {
   mosts[warp] = most;
   weights[warp] = weight;
@@ -91,13 +91,14 @@ if (lane == 0) {
 #pragma unroll
 for (int i = 0; i < NV; ++i) sums[warp][lane * NV + i] = sum[i];
 __syncthreads();
-float top = mosts[lane];
+const float reached = lane < WARPS ? mosts[lane] : -INFINITY;
+float top = reached;
 for (int d = 16; d; d >>= 1) top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, d));
-const float share = mosts[lane] == -INFINITY ? 0.0f : expf(mosts[lane] - top);
-float total = weights[lane] * share;
+const float share = reached == -INFINITY ? 0.0f : expf(reached - top);
+float total = lane < WARPS ? weights[lane] * share : 0.0f;
 for (int d = 16; d; d >>= 1) total += __shfl_xor_sync(0xffffffff, total, d);
-for (int column = warp; column < V; column += 32) {
-  float x = sums[lane][column] * share;
+for (int column = warp; column < V; column += WARPS) {
+  float x = lane < WARPS ? sums[lane][column] * share : 0.0f;
   for (int d = 16; d; d >>= 1) x += __shfl_xor_sync(0xffffffff, x, d);
   if (lane == 0) out[(size_t) head * V + column] = (T) (x / total);
 }
@@ -125,7 +126,7 @@ def _by_kernel(q: mx.array, cached: Pair, recent: Pair, new: Pair, counts: mx.ar
     heads, value_shape = q.shape[1], (*q.shape[:3], cached[1].shape[-1])
     out, *following = _kernel()(
         inputs=[q, *cached, *recent, *new, counts, mx.array([scale], mx.float32)],
-        template=[("T", q.dtype), ("K", q.shape[-1]), ("V", value_shape[-1]), ("RECENT", RECENT)],
+        template=[("T", q.dtype), ("K", q.shape[-1]), ("V", value_shape[-1]), ("RECENT", RECENT), ("WARPS", WARPS)],
         grid=(heads * LANES * WARPS, 1, 1),
         threadgroup=(LANES * WARPS, 1, 1),
         output_shapes=[value_shape, recent[0].shape, recent[1].shape],
