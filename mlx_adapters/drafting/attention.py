@@ -12,12 +12,13 @@ The newest keys and values lie beside the cache, so that a step changes nothing 
 
 import hashlib
 import math
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 from mlx_adapters.models.quantized_check import remembered
 from mlx_adapters.system.door import mx
-from mlx_adapters.system.gpu_kernels import build
+from mlx_adapters.system.gpu_kernels import build, ways
 from mlx_adapters.system.machine import on_cuda
 
 RECENT = 32  # tokens whose keys and values lie beside the cache
@@ -124,7 +125,7 @@ def attend(q: mx.array, cached: Pair, recent: Pair, new: Pair, counts: mx.array,
 
 def _by_kernel(q: mx.array, cached: Pair, recent: Pair, new: Pair, counts: mx.array, scale: float) -> Any:
     heads, value_shape = q.shape[1], (*q.shape[:3], cached[1].shape[-1])
-    out, *following = _kernel()(
+    out, *following = _kernel(_built.get(q.dtype, build))(
         inputs=[q, *cached, *recent, *new, counts, mx.array([scale], mx.float32)],
         template=[("T", q.dtype), ("K", q.shape[-1]), ("V", value_shape[-1]), ("RECENT", RECENT), ("WARPS", WARPS)],
         grid=(heads * LANES * WARPS, 1, 1),
@@ -135,9 +136,12 @@ def _by_kernel(q: mx.array, cached: Pair, recent: Pair, new: Pair, counts: mx.ar
     return out, tuple(following)
 
 
+_built: dict[mx.Dtype, Callable[..., Any]] = {}  # how the kernel is built for each type
+
+
 @cache
-def _kernel() -> Any:
-    return build("attend", INPUTS, OUTPUTS, SOURCE, HEADER)
+def _kernel(way: Callable[..., Any]) -> Any:
+    return way("attend", INPUTS, OUTPUTS, SOURCE, HEADER)
 
 
 def serves(q: mx.array, keys: mx.array, values: mx.array) -> bool:
@@ -155,8 +159,12 @@ def is_right(dtype: mx.Dtype, widths: tuple[int, int]) -> bool:
     if not on_cuda():
         return True
     text = hashlib.sha256((SOURCE + HEADER).encode()).hexdigest()
-    kind = f"attend {text[:16]}, {dtype}, {widths[0]} and {widths[1]} wide"
-    return set(widths) <= set(WIDTHS) and remembered(kind, lambda: _error(dtype, widths)) <= MOST_ERROR
+    for way in ways() if set(widths) <= set(WIDTHS) else ():
+        _built[dtype] = way
+        kind = f"attend {text[:16]}, {dtype}, {widths[0]} and {widths[1]} wide, {way.__name__}"
+        if remembered(kind, lambda: _error(dtype, widths)) <= MOST_ERROR:
+            return True
+    return False
 
 
 def _error(dtype: mx.Dtype, widths: tuple[int, int]) -> float:
@@ -169,7 +177,7 @@ def _error(dtype: mx.Dtype, widths: tuple[int, int]) -> float:
     try:
         out, following = _by_kernel(q, before, recent, new, mx.array([cached, beside], mx.int32), 0.3)
         mx.eval(out, following)
-    except (RuntimeError, ValueError):
+    except (RuntimeError, ValueError, OSError, KeyError):
         return math.inf
     all_of = [[pairs[0][i][:, :, :cached], pairs[1][i][:, :, :beside], pairs[2][i]] for i in (0, 1)]
     k, v = (mx.repeat(mx.concatenate(parts, axis=2).astype(mx.float32), 2, axis=1) for parts in all_of)

@@ -7,14 +7,14 @@ Sums are in float32 and rounded once. One text serves CUDA and Metal; `WORDS` ho
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import accumulate
 from typing import Any
 
 from mlx_adapters.models.quantized_check import remembered
 from mlx_adapters.system.door import mx
-from mlx_adapters.system.gpu_kernels import Language, build, language, spelled
+from mlx_adapters.system.gpu_kernels import Language, build, language, spelled, ways
 from mlx_adapters.system.machine import on_gpu
 
 MOST_TOKENS, MOST_RANKS = 16, 64  # beyond them products are faster; registers hold the sums of so many ranks
@@ -127,7 +127,7 @@ def add_update(
     """
     bounds, threads = _shares(tuple(widths))
     scaled = [array for array in (gain, shift) if array is not None]
-    (out,) = _kernel(language(), gain is not None, shift is not None)(
+    (out,) = _kernel(language(), gain is not None, shift is not None, _built.get(y.dtype, build))(
         inputs=[x, y, a, b, slots, bounds, *scaled],
         template=[("T", y.dtype), ("R", a.shape[2]), ("THREADS", THREADS)],
         grid=(threads, slots.size, 1),
@@ -144,11 +144,14 @@ def _shares(widths: tuple[int, ...]) -> tuple[mx.array, int]:
     return mx.array([0, *accumulate(widths)], mx.int32), THREADS * sum(-(-width // THREADS) for width in widths)
 
 
+_built: dict[mx.Dtype, Callable[..., Any]] = {}  # how the kernel is built for each type
+
+
 @cache
-def _kernel(own: Language, gain: bool, shift: bool) -> Any:
+def _kernel(own: Language, gain: bool, shift: bool, way: Callable[..., Any]) -> Any:
     """The kernel, for whatever sizes: compiled once for each type and rank."""
     names = [*ALWAYS, *(["gain"] if gain else []), *(["shift"] if shift else [])]
-    return build("_".join(["add_update", *names[6:]]), names, ["out"], source(own, names), HEADERS[own] + HEADER)
+    return way("_".join(["add_update", *names[6:]]), names, ["out"], source(own, names), HEADERS[own] + HEADER)
 
 
 def source(own: Language, names: Sequence[str]) -> str:
@@ -188,7 +191,11 @@ def _zeros(count: int) -> mx.array:
 @cache
 def _tried(dtype: mx.Dtype) -> bool:
     text = hashlib.sha256((source(language(), [*ALWAYS, "gain", "shift"]) + HEADERS[language()]).encode()).hexdigest()
-    return remembered(f"add_update {text[:16]}, {dtype}", lambda: _error(dtype)) <= MOST_ERROR
+    for way in ways():
+        _built[dtype] = way
+        if remembered(f"add_update {text[:16]}, {dtype}, {way.__name__}", lambda: _error(dtype)) <= MOST_ERROR:
+            return True
+    return False
 
 
 def _error(dtype: mx.Dtype) -> float:
@@ -202,7 +209,7 @@ def _error(dtype: mx.Dtype) -> float:
     try:
         added = add_update(y, x, a, b, widths, at, gain, shift).astype(mx.float32)
         mx.eval(added)
-    except (RuntimeError, ValueError):
+    except (RuntimeError, ValueError, OSError, KeyError):
         return math.inf
     y, x, a, b, gain, shift = (array.astype(mx.float32) for array in (y, x, a, b, gain, shift))
     z = (a[at] @ x[:, None, :, None]).squeeze(-1)  # (tokens, layers, r)

@@ -1,4 +1,7 @@
-"""The sum along an axis that stands in for MLX's: its values and gradients, also where CUDA's own are wrong."""
+"""What is handed to CUDA's compiler; and the sum along an axis that stands in for MLX's: its values and gradients.
+
+(What the kernels compute is tried where they are first used.)
+"""
 
 import mlx.core as mx
 import numpy as np
@@ -24,3 +27,51 @@ def test_it_sums_as_mlx_does_on_a_cpu(axis, reverse, inclusive, monkeypatch):
     with mx.stream(mx.cpu):
         own = mx.grad(lambda x: (gpu_kernels._plain_cumsum(x, **how) * weighed).sum())(x)
         assert mx.allclose(back, own, atol=1e-5)
+
+
+@pytest.fixture
+def given(monkeypatch):
+    """What the compiler and MLX were given."""
+    told = []
+    monkeypatch.setattr(gpu_kernels, "_compiler", lambda: "compiler")
+    monkeypatch.setattr(
+        gpu_kernels, "_machine_code", lambda _, name, body: told.append(body) or (f"{name}_{len(told)}", b"code")
+    )
+    monkeypatch.setattr(mx.fast, "precompiled_cuda_kernel", lambda **options: told.append(options) or ["out"])
+    return told
+
+
+def call(kernel, *arrays):
+    return kernel(
+        inputs=list(arrays),
+        template=[("T", mx.bfloat16), ("R", 8)],
+        grid=(64, 2, 1),
+        threadgroup=(32, 1, 1),
+        output_shapes=[(2, 3)],
+        output_dtypes=[mx.float16],
+    )
+
+
+def test_shapes_are_handed_over_as_numbers_and_compiled_for_their_count_alone(given):
+    kernel = gpu_kernels.build_quickly("add", ["x", "at"], ["out"], "int n = x_shape[x_ndim - 1];", "struct Own {};")
+    assert call(kernel, mx.zeros((2, 3), mx.bfloat16), mx.zeros((4,), mx.uint32)) == ["out"]
+    text, options = given
+    head = "struct Own {};@NAME@(const bfloat16* x, const unsigned* at, float16* out, int x_shape_0, int x_shape_1) {"
+    assert head in text and "using T = bfloat16;\nconstexpr int R = 8;\nconstexpr int x_ndim = 2;" in text
+    assert "const int x_shape[] = {x_shape_0, x_shape_1};\nint n = x_shape[x_ndim - 1];" in text
+    assert (options["name"], options["compiled_source"], options["scalars"]) == ("add_1", b"code", [2, 3])
+    call(kernel, mx.zeros((5, 7), mx.bfloat16), mx.zeros((4,), mx.uint32))
+    assert given[2]["name"] == "add_1" and given[2]["scalars"] == [5, 7]
+    call(kernel, mx.zeros((5, 7, 1), mx.bfloat16), mx.zeros((4,), mx.uint32))
+    assert "const int x_shape[] = {x_shape_0, x_shape_1, x_shape_2};" in given[3]
+
+
+def test_a_type_without_a_word_in_c_is_left_to_mlx(given):
+    kernel = gpu_kernels.build_quickly("add", ["x", "at"], ["out"], "", "")
+    with pytest.raises(KeyError):  # who tries it goes on to MLX's own way
+        call(kernel, mx.zeros((2,), mx.complex64), mx.zeros((4,), mx.uint32))
+
+
+def test_metal_has_one_way(monkeypatch):
+    monkeypatch.setattr(gpu_kernels, "language", lambda: "metal")
+    assert gpu_kernels.ways() == [gpu_kernels.build]
