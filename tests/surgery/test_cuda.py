@@ -15,7 +15,7 @@ def normal(*shape, seed=0):
 
 
 @pytest.mark.parametrize(
-    "shape", [(64,), (3, 64), (1, 5, 64), (3, 1, 64), (2, 5, 64), (3, 2, 2, 64), (2, 129, 64), (1, 300, 64)]
+    "shape", [(3, 64), (1, 5, 64), (3, 1, 64), (2, 5, 64), (3, 2, 2, 64), (2, 129, 64), (1, 300, 64)]
 )
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_packed_matrix_is_read_once_for_all_rows(shape, bits, monkeypatch):

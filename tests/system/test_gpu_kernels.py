@@ -29,6 +29,15 @@ def test_it_sums_as_mlx_does_on_a_cpu(axis, reverse, inclusive, monkeypatch):
         assert mx.allclose(back, own, atol=1e-5)
 
 
+@pytest.mark.parametrize("inclusive", [True, False])
+def test_one_number_is_its_own_sum_whatever_lies_between_it_and_the_next(inclusive, monkeypatch):
+    """A row of one token, cut out of a wider one: MLX would take the distance for that of the numbers to be summed."""
+    monkeypatch.setattr(gpu_kernels, "on_cuda", lambda: True)
+    monkeypatch.setattr(gpu_kernels, "_plain_cumsum", None)
+    x = mx.arange(24.0).reshape(1, 1, 2, 12)[..., 3:7].swapaxes(1, 2)  # (1, 2, 1, 4)
+    assert mx.array_equal(mx.cumsum(x, axis=-2, inclusive=inclusive), x * inclusive)
+
+
 @pytest.fixture
 def given(monkeypatch):
     """What the compiler and MLX were given."""

@@ -19,6 +19,7 @@ from mlx_adapters.sources.registry import list_adapters
 from mlx_adapters.storage import files
 from mlx_adapters.training import state as states
 from mlx_adapters.training.folder import place_of
+from mlx_adapters.training.loop import Loop
 
 LORA = LoraConfig(rank=2, scale=2.0, target_modules=("q_proj",))
 OTHER = LoraConfig(rank=4, scale=2.0, target_modules=("q_proj",))
@@ -137,7 +138,7 @@ def test_a_place_that_takes_nothing_is_told_before_the_model_loads(run, tmp_path
 
 def test_a_full_disk_is_told_before_the_first_step(run, monkeypatch):
     monkeypatch.setattr("mlx_adapters.storage.paths.shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
-    monkeypatch.setattr(TrainStep, "take", lambda *a: pytest.fail("stepped"))
+    monkeypatch.setattr(Loop, "run", lambda _: pytest.fail("stepped"))
     with pytest.raises(StorageError, match="but the disk has 1 kB free"):
         run()
 
