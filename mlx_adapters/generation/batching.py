@@ -12,7 +12,9 @@ from typing import Any
 
 from mlx_adapters.config.quantization import CacheQuantization
 from mlx_adapters.config.sampling import Sampling
+from mlx_adapters.drafting import one_token
 from mlx_adapters.drafting.drafts import Drafter
+from mlx_adapters.drafting.one_token import OneToken
 from mlx_adapters.drafting.rewinding import Mark, may_guess, rewinds
 from mlx_adapters.errors import IncompatibleError
 from mlx_adapters.generation.decoding import TextStream, text_of
@@ -52,6 +54,7 @@ class Batcher:
         self.rows: list[Row] = []
         self._caches: list[Any] = []
         self._alone = True  # `_caches` are one row's own, as it was read
+        self._one: OneToken | None = None  # what computes a row alone
         self._inputs: mx.array | None = None
         self._logprobs: mx.array | None = None
         self._steps = 0
@@ -104,7 +107,7 @@ class Batcher:
         lost = [row.request for row in self.rows] + self.reader.clear()
         for request in lost:
             self._release(request)
-        self.rows, self._caches = [], []
+        self.rows, self._caches, self._one = [], [], None
         self._inputs = self._logprobs = None
         return lost
 
@@ -136,6 +139,7 @@ class Batcher:
 
     def _check(self, read: list[list[int]]) -> list[Token]:
         """A step that reads the next input of each row and guesses, and goes on by those that are right."""
+        self._settle()
         width = max(map(len, read))
         inputs = mx.array([[*tokens, *[0] * (width - len(tokens))] for tokens in read])
         with self.pool.routed([row.request.adapter for row in self.rows]):
@@ -180,7 +184,9 @@ class Batcher:
 
     def _forward(self, inputs: mx.array) -> tuple[mx.array, mx.array | None]:
         """(next tokens, log-probabilities if a row wants them) of a step with the tokens `inputs` (rows,)."""
-        logits = self.module(inputs[:, None], cache=self._caches)[:, -1]
+        if self._alone and self._one is None and one_token.serves():
+            self._one = OneToken(self.module)
+        logits = (self._one or self.module)(inputs[:, None], cache=self._caches)[:, -1]
         if any(row.request.constraint is not None for row in self.rows):
             mx.async_eval(logits)  # computed while the masks are
             for row, token in zip(self.rows, inputs.tolist(), strict=True):
@@ -196,6 +202,12 @@ class Batcher:
             return following, None
         return following, logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
+    def _settle(self) -> None:
+        """Let the caches have all that was read."""
+        if self._one is not None:
+            self._one.finish()
+            self._one = None
+
     def _admit(self) -> None:
         """Read waiting prompts for a while; those that are read join the batch."""
         for readings in self.reader.read(self._fits, self.max_batch - len(self.rows), bool(self.rows)):
@@ -207,6 +219,7 @@ class Batcher:
             self._alone = len(caches) == 1
             self._caches, self._inputs, self._logprobs = caches[0] if self._alone else merged(caches), last, None
         else:
+            self._settle()
             self._caches, self._alone = merged([self._caches]) if self._alone else self._caches, False
             for mine, more in zip(self._caches, merged(caches), strict=True):
                 mine.extend(more)
@@ -218,6 +231,7 @@ class Batcher:
     def _keep(self, keep: list[bool]) -> None:
         if all(keep):
             return
+        self._settle()
         for i, (row, stays) in enumerate(zip(self.rows, keep, strict=True)):
             if not stays and row.written and self.reader.known.limit:
                 cache = self._caches if self._alone else [layer.extract(i) for layer in self._caches]

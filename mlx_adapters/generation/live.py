@@ -10,6 +10,7 @@ import itertools
 import logging
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -84,6 +85,7 @@ class LiveModel(Model):
     def __init__(self, plain: Model) -> None:
         super().__init__(plain.module, plain.tokenizer, plain.base, plain.config, template=plain.template)
         self.pool = AdapterPool(self.module, together=plain.together)
+        self.pool.gone = partial(one_token.forget, self.module)
         self.kv: CacheQuantization | None = None
         self.drafter: Drafter | None = None
         self._origins: dict[str, _Origin] = {}
@@ -132,7 +134,6 @@ class LiveModel(Model):
         check_fits(adapter, self.pool.layers, f"'{self.base.name}'")
         if not any_base:
             check_made_for(adapter, self.base.name, self.base.fingerprint)
-        one_token.forget(self.module)  # one of that name leaves
         return self.pool.add(name or self._own_name(adapter), adapter, spent)
 
     def _own_name(self, adapter: Adapter) -> str:
@@ -150,7 +151,6 @@ class LiveModel(Model):
         """
         for each in [name] if name is not None else list(self.pool.attached):
             self.pool.remove(each)
-        one_token.forget(self.module)
         self._note_selection()
 
     def use(self, adapter: str | Mapping[str, float] | None, scale: float = 1.0) -> None:
@@ -218,7 +218,6 @@ class LiveModel(Model):
             finally:
                 if temporary is not None and temporary.alive:
                     self.pool.remove(temporary.name)
-                    one_token.forget(self.module)
                 self._note_selection()
 
     def fuse_in_place(self, adapter: str | Mapping[str, float], scale: float = 1.0) -> None:

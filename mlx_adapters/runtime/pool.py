@@ -81,6 +81,7 @@ class AdapterPool:
         self._unfused: dict[str, nn.Module] = {}
         self._stacks: Stacks | None = None
         self._clock = itertools.count(1)
+        self.gone: Callable[[], None] = lambda: None  # called when the arrays of an adapter are let go of
 
     # -- coming and going ------------------------------------------------------------------------------
 
@@ -162,6 +163,7 @@ class AdapterPool:
             self.select(())
         entry.factors = {}
         self._stacks, self._plans = None, {}
+        self.gone()
         if part(self.attached.values()):
             self.select(self.selection)
 

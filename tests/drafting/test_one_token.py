@@ -15,7 +15,10 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_adapters.config.quantization import CacheQuantization
 from mlx_adapters.drafting import attention, one_token
 from mlx_adapters.drafting.one_token import KEPT, OneToken, forget
+from mlx_adapters.generation import batching
+from mlx_adapters.generation.batching import Batcher
 from mlx_adapters.generation.live import load_model
+from mlx_adapters.generation.requests import Request
 from mlx_adapters.runtime.pool import AdapterPool
 
 PROMPT = mx.array([[5, 9, 2, 77, 31]])
@@ -114,7 +117,8 @@ def test_weights_put_in_place_since_are_heard_by_the_next_answer(model, made):
     assert len(made) == 3
 
 
-def test_an_adapter_that_leaves_takes_its_step_along(model, made):
+def test_an_adapter_that_leaves_takes_its_step_along(tiny_model, made):
+    model = load_model(tiny_model("llama"))
     model.attach(random_adapter(model), name="one")
     answer(model.module, counted(model.module, made), 2)
     assert vars(model.module)[KEPT].step is not None
@@ -141,3 +145,33 @@ def test_generation_writes_the_same_and_goes_on_from_its_cache(model, monkeypatc
     model.kv = CacheQuantization(8)
     assert model.generate([5, 9, 2], max_tokens=6, temperature=0).token_ids
     assert vars(model.module)[KEPT].step is None
+
+
+def test_a_row_of_a_batch_is_computed_so_while_it_is_alone(model, monkeypatch, made):
+    model.attach(random_adapter(model), name="one")
+    model.use(None)
+
+    def served():
+        batcher = Batcher(model.module, model.pool, max_batch=3, cache_bytes=1 << 24)
+        adapter = model.pool.get("one")
+        requests = [Request([5 + i, 9, 2, 77], adapter, max_tokens=n) for i, n in enumerate((45, 6, 9))]
+        batcher.submit(requests[0])
+        told = [token for _ in range(38) for token in batcher.step()]  # one flush of what lies beside the cache
+        batcher.submit(requests[1])
+        told += [token for _ in range(12) for token in batcher.step()]
+        batcher.submit(requests[2])
+        while not batcher.idle:
+            told += batcher.step()
+        again = Request(
+            [*requests[0].prompt, *(t.id for t in told if t.request is requests[0]), 3], adapter, max_tokens=4
+        )
+        batcher.submit(again)
+        while not batcher.idle:
+            told += batcher.step()
+        return [[token.id for token in told if token.request is request] for request in (*requests, again)]
+
+    wanted = served()
+    monkeypatch.setattr(one_token, "serves", lambda: True)
+    monkeypatch.setattr(batching, "OneToken", lambda module: counted(module, made, after=1))
+    assert served() == wanted and [len(each) for each in wanted] == [45, 6, 9, 4]
+    assert made and vars(model.module)[KEPT].right
