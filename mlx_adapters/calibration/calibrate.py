@@ -11,7 +11,7 @@ from mlx_adapters.assembly.weights import Updates
 from mlx_adapters.assembly.writing import dtype_name
 from mlx_adapters.calibration.blockwise import BlockwiseModel
 from mlx_adapters.calibration.collecting import Collector
-from mlx_adapters.calibration.moments import ExpertMoments, Moments, mix
+from mlx_adapters.calibration.moments import EXPERTS_SHARE, ExpertMoments, Moments, mix
 from mlx_adapters.calibration.spool import Spool
 from mlx_adapters.config.quantization import Quantization
 from mlx_adapters.data.batches import TokenBatch
@@ -208,7 +208,8 @@ class _Layer:
         # Few tokens know little of how outputs are felt together.
         tokens = max(int(moments.tokens), 1)
         damping = OUTPUT_DAMPING + weight.shape[0] / tokens
-        unit = weight.size * _mean_diagonal(moments.fisher).item()
+        felt = _mean_diagonal(moments.fisher) if moments.felt is None else moments.felt
+        unit = weight.size * felt.item()
         if engine is not NUMPY:
             mx.eval(hessian)
         moments.plain = moments.fisher = moments.outputs = None  # they are large
@@ -220,7 +221,7 @@ class _Layer:
         moments = self.seen.of(a, b)
         _refuse_not_finite(moments)
         assert moments.plain is not None and moments.fisher is not None
-        hessian = mix(moments.plain, moments.fisher)
+        hessian = mix(moments.plain, moments.fisher, EXPERTS_SHARE)
         units = self.weight[0].size * _mean_diagonal(moments.fisher)  # (experts,)
         doubts = DAMPING + self.weight.shape[-1] / mx.maximum(mx.array(moments.tokens), 1)
         update, start = self.model.change(self.path, a, b), None if self.start is None else self.start[a:b]

@@ -5,7 +5,8 @@ hardly moves the model's predictions may be rounded badly. How much it matters i
 a random vector whose covariance is the Fisher information of the predictions, diag(p) - p pᵀ (so that KL between
 the two models is half of |u · change of the logits|² in the mean), and g = Jᵀ u its gradient at the layer's
 output. Then Σ |g|² x xᵀ, the Fisher-weighted H, says what an error in the layer costs in KL (as in GuidedQuant,
-arXiv 2505.07004). Few tokens carry most of that weight, so it is noisy; `mix` blends it with the plain one.
+arXiv 2505.07004). Few tokens carry most of that weight, so it is noisy: of |g|² a power counts (`FISHER_POWER`), and
+`mix` blends it with the plain one.
 
 One forward pass puts the hidden state before each block on the disk; then blocks are visited from the last to
 the first, so that memory holds the weights and the activations of one block, however many there are.

@@ -14,7 +14,8 @@ from mlx_adapters.storage.tensor_files import as_numpy
 from mlx_adapters.system.door import mx
 from mlx_adapters.system.machine import on_gpu
 
-FISHER_SHARE = 0.7
+FISHER_SHARE, EXPERTS_SHARE = 0.9, 0.7
+FISHER_POWER = 0.75  # of |g|²: under the whole of it a few tokens decide, and others' rows have other ones
 MOST_OUTPUTS = 16384  # a vocabulary's would not fit
 SHRINKAGE = 0.125  # tokens of the whole layer for each input of an expert
 SMALL = 1 << 27  # bytes
@@ -43,6 +44,7 @@ class Moments:
     fisher: mx.array | None = None
     outputs: mx.array | None = None  # (out, out): second moments of the gradients at the output, see `add_outputs`
     tokens: int | np.ndarray = 0  # for experts: how many each one saw
+    felt: mx.array | None = None  # sum over tokens of the mean square of x times that of g, of a layer with such
 
     def add(self, plain: mx.array, fisher: mx.array, tokens: int) -> None:
         """Add one batch's sums."""
@@ -57,9 +59,14 @@ class Moments:
         An error E costs (gᵀ E x)² at a token. The product of one factor for inputs, Σ |g|² x xᵀ, and one for outputs,
         Σ |x|² g gᵀ, stands for that: unweighted, tokens whose input is small would count like the others.
         """
-        product = gram(g * mx.sqrt(x.square().mean(axis=-1, keepdims=True)))  # (out, out)
+        product = gram(g * mx.sqrt(_mean_square(x)))  # (out, out)
         self.outputs = product if self.outputs is None else self.outputs + product
         _begin(self.outputs)
+
+
+def _mean_square(rows: mx.array) -> mx.array:
+    """(n, 1) of rows (n, width)."""
+    return rows.square().mean(axis=-1, keepdims=True)
 
 
 def mix(plain: mx.array, fisher: mx.array, share: float = FISHER_SHARE) -> mx.array:
@@ -207,7 +214,11 @@ def _add_linear(
     x, g = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])  # (tokens, in), (tokens, out)
     if real is not None:
         x, g = x[real], g[real]  # (real, in), (real, out)
-    weighted = x * mx.sqrt(g.square().mean(axis=-1, keepdims=True))  # (real, in)
+    felt = _mean_square(g)  # (real, 1)
+    weighted = x * felt ** (FISHER_POWER / 2)  # (real, in)
+    both = (felt * _mean_square(x)).sum()
+    moments.felt = both if moments.felt is None else moments.felt + both
+    _begin(moments.felt)
     if shared not in products:
         products[shared] = gram(x)
     moments.add(products[shared], gram(weighted), x.shape[0])

@@ -38,7 +38,7 @@ from mlx_adapters.rounding.engines import NUMPY, Engine
 from mlx_adapters.rounding.grids import Array, identity_of, make_grid
 from mlx_adapters.rounding.packed import Packed, dequantize, to_nearest
 
-DAMPING, OUTPUT_DAMPING = 0.01, 0.1
+DAMPING, OUTPUT_DAMPING = 0.01, 0.3
 ROW_BLOCKS, FEW_BLOCKS, MANY_ROWS = 8, 4, 2048  # a GPU is as long over a few rows as over many
 ESTIMATED, PROBES = 1 << 23, 256  # weights from which on an error is estimated, and from how many samples
 SWEEPS = 6  # row by row

@@ -96,7 +96,7 @@ def test_gate_and_up_keep_one_copy_of_what_they_see(layer_and_pairs):
 
 def test_a_mixture_of_moments_is_one_of_traces():
     a, b = mx.array([[[2.0, 1.0], [1.0, 2.0]], [[0.0, 0.0], [0.0, 0.0]]]), mx.array([[[1.0, 0.0], [0.0, 7.0]]] * 2)
-    mixed = mix(a, b)
+    mixed = mix(a, b, 0.7)
     np.testing.assert_allclose(np.array(mixed[0]), 0.3 * np.array(a[0]) / 4 + 0.7 * np.array(b[0]) / 8, rtol=1e-6)
     np.testing.assert_allclose(np.array(mixed[1]), 0.7 * np.array(b[1]) / 8, rtol=1e-6)
     assert not mix(a[1], a[1]).any()
