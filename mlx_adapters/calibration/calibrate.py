@@ -26,7 +26,7 @@ from mlx_adapters.rounding.workers import Done, Task, Way, Workers, stacked, wor
 from mlx_adapters.storage.tensor_files import as_numpy
 from mlx_adapters.system.door import mx
 from mlx_adapters.system.limits import out_of_memory
-from mlx_adapters.system.machine import on_cuda, on_gpu
+from mlx_adapters.system.machine import on_gpu
 
 EXPERT_BYTES = 3 << 28  # of the experts that are rounded together, and of their moments
 TOGETHER_BYTES = 4 << 30  # of the layers that are
@@ -104,8 +104,7 @@ def round_layers(
 
 
 def _try_kernels(engine: Engine, quantizations: Iterable[Quantization], dtype: mx.Dtype) -> None:
-    """See `MlxEngine.try_kernels`; on CUDA, where compiling takes long."""
-    if isinstance(engine, MlxEngine) and on_cuda():
+    if isinstance(engine, MlxEngine):
         engine.try_kernels(quantizations, dtype)
 
 

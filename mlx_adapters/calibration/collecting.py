@@ -40,7 +40,7 @@ class HiddenStates:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._files: list[Path] = []
-        self._reader, self._ahead = ThreadPoolExecutor(1), deque[tuple[Path, Future[list[mx.array]]]]()
+        self._reader, self._ahead = ThreadPoolExecutor(1), deque[Future[list[mx.array]]]()
 
     def put(self, arrays: list[mx.array]) -> None:
         """Write one list. Raises StorageError when the disk refuses."""
@@ -50,19 +50,16 @@ class HiddenStates:
     def take(self) -> list[mx.array]:
         """The list put in last, read into memory; its file is deleted."""
         while self._files and len(self._ahead) < 2:
-            path = self._files.pop()
-            self._ahead.append((path, self._reader.submit(_read, path)))
-        path, reading = self._ahead.popleft()
-        arrays = reading.result()
+            self._ahead.append(self._reader.submit(self._read, self._files.pop()))
+        return self._ahead.popleft().result()
+
+    @staticmethod
+    def _read(path: Path) -> list[mx.array]:
+        states = tensor_files.read_safetensors(path)
+        arrays = [states[name] for name in sorted(states)]
+        mx.eval(arrays)
         path.unlink()
         return arrays
-
-
-def _read(path: Path) -> list[mx.array]:
-    states = tensor_files.read_safetensors(path)
-    arrays = [states[name] for name in sorted(states)]
-    mx.eval(arrays)
-    return arrays
 
 
 class Collector:

@@ -1,9 +1,9 @@
-"""Torture: kills, full disks, two processes on one name and mutated inputs, as many as the time allows.
+"""Torture: kills, full disks, two processes on one name, mutated inputs, signals, as many as the time allows.
 
     scripts/torture [--seconds N] [--seed S] [--only SECTION[:WORDS]...] [--count N]
 
-Sections are kill, disk, pairs and inputs; `--only kill:prune` takes the trials of a section whose name has the words.
-Every failure names its trial, which the same seed and `--only` repeat. Exit status 1 if anything failed.
+Sections are kill, disk, pairs, inputs and signals; `--only kill:prune` takes the trials of a section whose name has the
+words. Every failure names its trial, which the same seed and `--only` repeat. Exit status 1 if anything failed.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 TESTS = Path(__file__).parents[1]
-SECTIONS = ("kill", "disk", "pairs", "inputs")
+SECTIONS = ("kill", "disk", "pairs", "inputs", "signals")
 HUB = """
 import sys, pathlib
 sys.path.insert(0, {here!r})
@@ -74,6 +74,8 @@ class Torture:
             return self.disk_trials(section)
         if section == "pairs":
             from helpers.torture_pairs import trials
+        elif section == "signals":
+            from helpers.torture_signals import trials
         else:
             from helpers.torture_inputs import trials
         return trials(self.place, self.asked.seed, self.asked.count, lambda name: self.wants(section, name))
