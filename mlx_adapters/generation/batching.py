@@ -24,6 +24,7 @@ from mlx_adapters.models.model import Model
 from mlx_adapters.prompt_caches.quantized import new_layers, reaching, require_quantizable
 from mlx_adapters.runtime.attached import Attached
 from mlx_adapters.runtime.pool import AdapterPool
+from mlx_adapters.runtime.row_attention import attending
 from mlx_adapters.surgery.caches import batches, merged
 from mlx_adapters.surgery.cuda import generating
 from mlx_adapters.system.door import TokenizerWrapper, make_prompt_cache, mx, nn
@@ -161,7 +162,7 @@ class Batcher:
     def _advance(self, inputs: mx.array, logprobs: mx.array | None) -> list[Token]:
         """A step that reads the next input of each row; what was chosen in the one before is told while it computes."""
         tokens = []
-        with self.pool.routed([row.request.adapter for row in self.rows]):
+        with self.pool.routed([row.request.adapter for row in self.rows]), attending(len(self.rows)):
             self._inputs, self._logprobs = self._forward(inputs)
             mx.async_eval(self._inputs, *([] if self._logprobs is None else [self._logprobs]))
         keep = []

@@ -6,6 +6,8 @@ be asked for; where no row is padded, attention gets no mask; and arrays grow by
 go find memory of a size that was used before.
 """
 
+import threading
+import weakref
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any
@@ -45,11 +47,27 @@ def _moved(behind: tuple[int, ...], places: int) -> mx.array:
     return mx.array((np.arange(places) - np.array(behind)[:, None])[:, None, :, None] % places)  # nothing to compute
 
 
+_latest = threading.local()  # weakly, what was given out last: keys, their layer, and the mask of one token
+
+
+def fetched(keys: mx.array, mask: Any) -> "PaddedCache | None":
+    """The layer that gave out these keys just now, for tokens that see all of their row by this mask; None if none."""
+    given, layer = getattr(_latest, "keys", (_gone, _gone))
+    whole = mask is None or getattr(_latest, "mask", _gone)() is mask
+    return layer() if given() is keys and whole else None
+
+
+def _gone() -> None:
+    """What a reference gives that refers to nothing."""
+
+
 class PaddedCache(BatchKVCache):
     """One layer's keys and values (rows, heads, places, width); the places from `_idx` on are free.
 
-    `left`: the padding of each row.
+    `left`: the padding of each row. `held` (rows,): how many tokens each held before the last that came.
     """
+
+    held: mx.array
 
     def __init__(self, left: Sequence[int]) -> None:
         self.keys: Any = None
@@ -98,14 +116,19 @@ class PaddedCache(BatchKVCache):
         if self.keys is None or end > self.keys.shape[2]:
             self._lay([(self.keys, self.values, rows, start)], tokens, (keys, values))
         self.keys[..., start:end, :], self.values[..., start:end, :] = keys, values
-        self._idx = end
-        return self.keys_and_values()
+        self._idx, self.held = end, self._padding.offsets(start)
+        given = self.keys_and_values()
+        _latest.keys = weakref.ref(given[0]), weakref.ref(self)
+        return given
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Any:
         """What each of the next N tokens sees, as mlx-lm's models take it: "causal", None for everything."""
         if any(self._padding.left) or window_size is not None or (return_array and N > 1):
             sees = {"offset": self._idx, "window_size": window_size, "left_padding": self.left_padding}
-            return attention.create_causal_mask(N, **sees)
+            mask = attention.create_causal_mask(N, **sees)
+            if window_size is None and N == 1:
+                _latest.mask = weakref.ref(mask)
+            return mask
         return "causal" if N > 1 else None
 
     def trim(self, n: int) -> int:
