@@ -132,6 +132,11 @@ class OneToken:
     def __exit__(self, *error: object) -> None:
         self.finish()
 
+    @property
+    def is_compiled(self) -> bool:
+        """Whether there is a step with the updates that are at work now."""
+        return self._kept.step is not None and _same(self._kept.updates, [site.update for site in self._sites])
+
     def finish(self) -> None:
         """Let the cache have what lies beside it."""
         count, self._beside = self._beside, 0
@@ -168,9 +173,11 @@ class OneToken:
         return logits
 
     def _step(self) -> Callable[..., Any]:
-        kept, updates = self._kept, [site.update for site in self._sites]
-        if kept.step is None or not _same(kept.updates, updates):
-            kept.step, kept.updates = self._compile(partial(_traced, self.module)), updates
+        kept = self._kept
+        if not self.is_compiled:
+            kept.updates = [site.update for site in self._sites]
+            kept.step = self._compile(partial(_traced, self.module))
+        assert kept.step is not None
         return kept.step
 
 

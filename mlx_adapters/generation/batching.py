@@ -12,9 +12,8 @@ from typing import Any
 
 from mlx_adapters.config.quantization import CacheQuantization
 from mlx_adapters.config.sampling import Sampling
-from mlx_adapters.drafting import one_token
+from mlx_adapters.drafting.batch import Batch
 from mlx_adapters.drafting.drafts import Drafter
-from mlx_adapters.drafting.one_token import OneToken
 from mlx_adapters.drafting.rewinding import Mark, may_guess, rewinds
 from mlx_adapters.errors import IncompatibleError
 from mlx_adapters.generation.decoding import TextStream, text_of
@@ -25,7 +24,7 @@ from mlx_adapters.prompt_caches.quantized import new_layers, reaching, require_q
 from mlx_adapters.runtime.attached import Attached
 from mlx_adapters.runtime.pool import AdapterPool
 from mlx_adapters.runtime.row_attention import attending
-from mlx_adapters.surgery.caches import batches, merged
+from mlx_adapters.surgery.caches import batches
 from mlx_adapters.surgery.cuda import generating
 from mlx_adapters.system.door import TokenizerWrapper, make_prompt_cache, mx, nn
 
@@ -53,9 +52,7 @@ class Batcher:
         self._drafter = drafter
         self._drafted_rows = 0 if drafter is None else DRAFTED_ROWS if self.can_batch and rewinds(module, make) else 1
         self.rows: list[Row] = []
-        self._caches: list[Any] = []
-        self._alone = True  # `_caches` are one row's own, as it was read
-        self._one: OneToken | None = None  # what computes a row alone
+        self._batch = Batch(module)
         self._inputs: mx.array | None = None
         self._logprobs: mx.array | None = None
         self._steps = 0
@@ -108,7 +105,8 @@ class Batcher:
         lost = [row.request for row in self.rows] + self.reader.clear()
         for request in lost:
             self._release(request)
-        self.rows, self._caches, self._one = [], [], None
+        self.rows = []
+        self._batch.clear()
         self._inputs = self._logprobs = None
         return lost
 
@@ -131,7 +129,7 @@ class Batcher:
         """Whether all rows can read guesses and forget them again, each its own."""
         if self._drafter is None or len(self.rows) > self._drafted_rows:
             return False
-        return may_guess(self._caches, self._drafter.most + 1, len(self.rows), not self._alone)
+        return may_guess(self._batch.layers, self._drafter.most + 1, len(self.rows), not self._batch.alone)
 
     def _guessed(self, inputs: mx.array) -> list[list[int]]:
         """The next input of each row, and what is guessed to follow it; none if nothing is guessed."""
@@ -140,17 +138,17 @@ class Batcher:
 
     def _check(self, read: list[list[int]]) -> list[Token]:
         """A step that reads the next input of each row and guesses, and goes on by those that are right."""
-        self._settle()
+        self._batch.settle()
         width = max(map(len, read))
         inputs = mx.array([[*tokens, *[0] * (width - len(tokens))] for tokens in read])
         with self.pool.routed([row.request.adapter for row in self.rows]):
-            mark = Mark(self._caches, width)
-            logits = self.module(inputs, cache=self._caches)  # (rows, width, vocabulary)
+            mark = Mark(self._batch.layers, width)
+            logits = self.module(inputs, cache=self._batch.layers)  # (rows, width, vocabulary)
             told = self._logprobs if self._logprobs is not None else [None] * len(read)
             steps = [row.follow(*each) for row, *each in zip(self.rows, read, logits, told, strict=True)]
             again = mark.back_rows(width, [width - step.right for step in steps])
             if again:
-                self.module(inputs[:, :again], cache=self._caches)
+                self.module(inputs[:, :again], cache=self._batch.layers)
         self._inputs = mx.array([step.following for step in steps], dtype=mx.uint32)
         self._logprobs = None
         if any(row.request.top_logprobs is not None for row in self.rows):
@@ -185,9 +183,7 @@ class Batcher:
 
     def _forward(self, inputs: mx.array) -> tuple[mx.array, mx.array | None]:
         """(next tokens, log-probabilities if a row wants them) of a step with the tokens `inputs` (rows,)."""
-        if self._alone and self._one is None and one_token.serves():
-            self._one = OneToken(self.module)
-        logits = (self._one or self.module)(inputs[:, None], cache=self._caches)[:, -1]
+        logits = self._batch(inputs, len(self.rows[0].written))
         if any(row.request.constraint is not None for row in self.rows):
             mx.async_eval(logits)  # computed while the masks are
             for row, token in zip(self.rows, inputs.tolist(), strict=True):
@@ -203,12 +199,6 @@ class Batcher:
             return following, None
         return following, logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
-    def _settle(self) -> None:
-        """Let the caches have all that was read."""
-        if self._one is not None:
-            self._one.finish()
-            self._one = None
-
     def _admit(self) -> None:
         """Read waiting prompts for a while; those that are read join the batch."""
         for readings in self.reader.read(self._fits, self.max_batch - len(self.rows), bool(self.rows)):
@@ -216,14 +206,10 @@ class Batcher:
 
     def _join(self, requests: Sequence[Request], caches: Sequence[list[Any]]) -> None:
         last = mx.array([request.prompt[-1] for request in requests], dtype=mx.uint32)
+        self._batch.join(caches)
         if self._inputs is None:
-            self._alone = len(caches) == 1
-            self._caches, self._inputs, self._logprobs = caches[0] if self._alone else merged(caches), last, None
+            self._inputs, self._logprobs = last, None
         else:
-            self._settle()
-            self._caches, self._alone = merged([self._caches]) if self._alone else self._caches, False
-            for mine, more in zip(self._caches, merged(caches), strict=True):
-                mine.extend(more)
             self._inputs = mx.concatenate([self._inputs.astype(mx.uint32), last])
             if self._logprobs is not None:
                 self._logprobs = mx.pad(self._logprobs, [(0, len(requests)), (0, 0)])
@@ -232,18 +218,16 @@ class Batcher:
     def _keep(self, keep: list[bool]) -> None:
         if all(keep):
             return
-        self._settle()
         for i, (row, stays) in enumerate(zip(self.rows, keep, strict=True)):
             if not stays and row.written and self.reader.known.limit:
-                cache = self._caches if self._alone else [layer.extract(i) for layer in self._caches]
-                self.reader.remember(row.request, [*row.request.prompt, *row.written], cache)
+                self.reader.remember(row.request, [*row.request.prompt, *row.written], self._batch.row(i))
         self.rows = [row for row, stays in zip(self.rows, keep, strict=True) if stays]
+        kept = [i for i, stays in enumerate(keep) if stays]
+        self._batch.keep(kept if self._inputs is not None else [])
         if not self.rows or self._inputs is None:
-            self._caches, self._inputs, self._logprobs = [], None, None
+            self._inputs = self._logprobs = None
             return
-        indices = mx.array([i for i, stays in enumerate(keep) if stays])
-        for cache in self._caches:
-            cache.filter(indices)
+        indices = mx.array(kept)
         self._inputs = self._inputs[indices]
         self._logprobs = None if self._logprobs is None else self._logprobs[indices]
 

@@ -180,6 +180,12 @@ class PaddedCache(BatchKVCache):
         self._padding = padding(tuple(left))
 
 
+def give_room(layer: KVCache) -> None:
+    """Let a text's arrays have free places behind it, a multiple of `STEP` in all."""
+    whole = PaddedCache.merge([layer])
+    layer.keys, layer.values = whole.keys, whole.values
+
+
 def _laid(whole: mx.array, parts: Sequence[tuple[mx.array | None, int, int]], end: int) -> mx.array:
     """(array, rows, filled) below each other in `whole`."""
     row = 0

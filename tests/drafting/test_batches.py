@@ -9,6 +9,7 @@ from helpers.drafts import Prompter, a_module
 
 from mlx_adapters.config.quantization import CacheQuantization
 from mlx_adapters.config.sampling import Drafting, Sampling
+from mlx_adapters.drafting import one_token
 from mlx_adapters.drafting.drafts import Drafts
 from mlx_adapters.drafting.rewinding import rewinds
 from mlx_adapters.generation.batching import Batcher
@@ -146,3 +147,33 @@ def test_caches_in_few_bits_with_guesses(tiny_model):
         assert answered.accepted_tokens > 0
     pairs = [(prompt, None) for prompt in prompts]
     assert drafted.generate_batch(pairs, max_tokens=30) == plain.generate_batch(pairs, max_tokens=30)
+
+
+def test_a_row_alone_is_decoded_by_compiled_steps(tiny_model, monkeypatch):
+    """Rows that come, go and follow each other, also with another adapter, have the tokens that they have without."""
+    model = load_model(tiny_model("llama"))
+    model.pool = AdapterPool(model.module, group=False)
+    for i in range(2):
+        model.attach(random_adapter(model, rank=2, seed=i), name=str(i), use=False)
+
+    def answers():
+        batcher, random = Batcher(model.module, model.pool, 3, cache_bytes=1 << 20), np.random.default_rng(1)
+        asked = [
+            Request(random.integers(5, 200, 7 + i).tolist(), name and model.pool.get(name), 20)
+            for i, name in enumerate([None, "0", "0", "1", None])
+        ]
+        made = {request: [] for request in asked}
+        for first, *others in (asked[:1], asked[1:3], asked[3:]):  # the others come into the middle of an answer
+            batcher.submit(first)
+            while not batcher.idle or others:
+                if len(made[first]) == 14 and others:
+                    batcher.submit(others.pop())
+                for token in batcher.step():
+                    made[token.request].append(token.id)
+        return list(made.values())
+
+    expected, compiled = answers(), []
+    step = one_token.OneToken._one
+    monkeypatch.setattr(one_token, "serves", lambda: True)
+    monkeypatch.setattr(one_token.OneToken, "_one", lambda self, *given: compiled.append(1) or step(self, *given))
+    assert answers() == expected and len(compiled) > 20

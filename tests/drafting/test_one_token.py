@@ -15,7 +15,6 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_adapters.config.quantization import CacheQuantization
 from mlx_adapters.drafting import attention, one_token
 from mlx_adapters.drafting.one_token import KEPT, OneToken, forget
-from mlx_adapters.generation import batching
 from mlx_adapters.generation.batching import Batcher
 from mlx_adapters.generation.live import load_model
 from mlx_adapters.generation.requests import Request
@@ -172,6 +171,6 @@ def test_a_row_of_a_batch_is_computed_so_while_it_is_alone(model, monkeypatch, m
 
     wanted = served()
     monkeypatch.setattr(one_token, "serves", lambda: True)
-    monkeypatch.setattr(batching, "OneToken", lambda module: counted(module, made, after=1))
+    monkeypatch.setattr(one_token, "OneToken", lambda module, after: counted(module, made, after))
     assert served() == wanted and [len(each) for each in wanted] == [45, 6, 9, 4]
     assert made and vars(model.module)[KEPT].right
