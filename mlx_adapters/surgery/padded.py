@@ -44,7 +44,8 @@ def padding(left: tuple[int, ...]) -> Padding:
 @lru_cache(64)
 def _moved(behind: tuple[int, ...], places: int) -> mx.array:
     """(rows, 1, places, 1) which place each one is taken from where rows move to the right by `behind`."""
-    return mx.array((np.arange(places) - np.array(behind)[:, None])[:, None, :, None] % places)  # nothing to compute
+    whole = np.arange(places, dtype=np.int32) - np.array(behind, np.int32)[:, None]
+    return mx.array(whole[:, None, :, None] % places)  # nothing to compute
 
 
 _latest = threading.local()  # weakly, what was given out last: keys, their layer, and the mask of one token
