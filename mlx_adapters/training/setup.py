@@ -315,6 +315,8 @@ def cannot_train(why: str) -> ModelError:
     """What a model's own code raises in its first step."""
     if "vjp" in why.lower():  # a kernel without gradient, indices that MLX would have to differentiate
         return ModelError(f"mlx-lm's code for this model cannot be trained: it has no gradient on this device ({why}).")
+    if "failed to load compiled" in why.lower():  # MLX's cache on CUDA: written in place
+        return ModelError(f"MLX read a kernel that another process was just writing ({why}).", "run it again.")
     return ModelError(
         f"mlx-lm's code for this model cannot be trained so: {why}.",
         "choose other --target-modules, such as q_proj,v_proj.",

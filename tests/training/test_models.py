@@ -7,6 +7,7 @@ import pytest
 from helpers.tiny_configs import tiny_base
 
 from mlx_adapters import AdapterError, TrainConfig, estimate, train
+from mlx_adapters.training.setup import cannot_train
 
 ONE = TrainConfig(iterations=1, batch_size=1)
 
@@ -30,3 +31,8 @@ def test_a_model_that_cannot_be_trained_says_why(name, why, tmp_path, home):
         with pytest.raises(AdapterError, match=why):
             estimate(base, tmp_path / "train.jsonl", training=ONE)
     assert not (home / "adapters" / "a").exists()
+
+
+def test_a_kernel_that_another_process_was_writing_is_no_fault_of_the_model():
+    error = cannot_train("Failed to load compiled Cf4Multiply kernel: .")
+    assert "another process" in error.message and error.hint == "run it again."
