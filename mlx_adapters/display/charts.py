@@ -24,6 +24,7 @@ from mlx_adapters.display.layout import (
     finite,
     named,
     ticks,
+    told_ticks,
 )
 from mlx_adapters.units import number
 
@@ -243,7 +244,7 @@ class _Fitted:
         else:
             least, most = axis.limits or (low, high)
             low, high = max(low, least), min(high, most)
-            marked = ticks(low, high, 4)
+            marked = told_ticks(low, high, 4)
             near = 0.2 * (high - low) if high > low else math.inf  # a tick that is near is worth its room
             self.low = marked[0] if low - marked[0] <= near else low
             self.high = marked[-1] if marked[-1] - high <= near else high

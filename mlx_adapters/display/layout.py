@@ -118,6 +118,15 @@ def ticks(low: float, high: float, count: int = 5, whole: bool = False) -> list[
     return [round(i * step, 12) for i in range(first, math.ceil(high / step - 1e-9) + 1)]
 
 
+def told_ticks(low: float, high: float, count: int) -> list[float]:
+    """At most about `count` ticks that three digits tell: a label of 102 at 102.5 would be none."""
+    for fewer in range(count, 0, -1):
+        found = ticks(low, high, fewer)
+        if all(math.isclose(float(f"{value:.3g}"), value) for value in found):
+            break
+    return found
+
+
 def finite(series: Mapping[str, Points]) -> dict[str, list[tuple[float, float]]]:
     """The series that have a finite point, with those points only. Raises ValueError if none is left."""
     kept = {

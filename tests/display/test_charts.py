@@ -119,6 +119,14 @@ def test_the_scales_fit_the_data():
     assert "a" in shown and len(shown) >= 4  # one variant has an axis too
 
 
+def test_a_label_of_three_digits_tells_the_place_of_its_tick():
+    for low, high in ((101.6e6, 111.5e6), (1020.5e6, 1030.7e6), (6.9, 8.0), (0.0, 1.0)):
+        found = layout.told_ticks(low, high, 4)
+        assert [float(f"{value:.3g}") for value in found] == pytest.approx(found) and found[0] <= low < high <= found[
+            -1
+        ]
+
+
 def test_less_distance_is_higher_and_none_has_a_place_of_its_own():
     """KL goes by powers of ten; 0, the adapter itself, is above all others."""
     kls = {"base": 2.73, "adapter": 0.0, "8 bits": 0.0004, "4 bits": 0.0013}
