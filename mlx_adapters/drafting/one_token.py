@@ -26,6 +26,7 @@ from mlx_adapters.system.machine import on_cuda
 
 WORTH_TOKENS = 8  # so many are computed before a step is compiled: that takes as long as it saves in them
 MOST_TOKENS = 8192  # in the cache; with more of them attention takes longer here than in MLX
+MOST_STEPS = 4  # for as many adapters, who may take turns token by token
 MOST_ERROR = 5e-2  # of the largest logit: sums in another order, in 16 bits through all blocks
 KEPT = "_one_token"  # in the model's __dict__, where MLX looks for no parameters
 
@@ -74,17 +75,16 @@ class _Beside:
 
 @dataclass
 class _Kept:
-    """With a model: whether its steps are right (None: not tried), and the last one that was compiled, with what it was
-    made of; MLX makes constants of these."""
+    """With a model: whether its steps are right (None: not tried), and the latest that were compiled, each with the
+    updates that it is for; what they are made of, MLX makes constants of."""
 
     right: bool | None = None
-    step: Callable[..., Any] | None = None
+    steps: list[tuple[list[Any], Callable[..., Any]]] = field(default_factory=list)
     parts: list[Any] = field(default_factory=list)
-    updates: list[Any] = field(default_factory=list)
 
 
 def forget(module: nn.Module) -> None:
-    """Let go of the model's compiled step, which holds arrays of adapters."""
+    """Let go of the model's compiled steps, which hold arrays of adapters."""
     if KEPT in vars(module):
         vars(module)[KEPT] = _Kept(vars(module)[KEPT].right)
 
@@ -106,8 +106,8 @@ class OneToken:
         steps_in = [function for m in modules for each in vars(m).get(HELD, {}).values() for function in each]
         parts = [*(array for _, array in tree_flatten(module.parameters())), *steps_in]
         if not _same(self._kept.parts, parts):
-            self._kept.step, self._kept.parts = None, parts
-        self._before = after if self._kept.step is None else 0
+            self._kept.steps, self._kept.parts = [], parts
+        self._before = 0 if self._kept.steps else after
         self._cache: Sequence[Any] = ()
         self._recent: list[mx.array] = []
         self._beside = 0
@@ -135,7 +135,7 @@ class OneToken:
     @property
     def is_compiled(self) -> bool:
         """Whether there is a step with the updates that are at work now."""
-        return self._kept.step is not None and _same(self._kept.updates, [site.update for site in self._sites])
+        return self._compiled() is not None
 
     def finish(self) -> None:
         """Let the cache have what lies beside it."""
@@ -173,12 +173,16 @@ class OneToken:
         return logits
 
     def _step(self) -> Callable[..., Any]:
-        kept = self._kept
-        if not self.is_compiled:
-            kept.updates = [site.update for site in self._sites]
-            kept.step = self._compile(partial(_traced, self.module))
-        assert kept.step is not None
-        return kept.step
+        step = self._compiled()
+        if step is None:
+            step = self._compile(partial(_traced, self.module))
+            self._kept.steps.append(([site.update for site in self._sites], step))
+            del self._kept.steps[:-MOST_STEPS]
+        return step
+
+    def _compiled(self) -> Callable[..., Any] | None:
+        updates = [site.update for site in self._sites]
+        return next((step for others, step in self._kept.steps if _same(others, updates)), None)
 
 
 def _same(some: Sequence[Any], others: Sequence[Any]) -> bool:
