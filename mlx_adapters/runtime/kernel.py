@@ -19,6 +19,7 @@ from mlx_adapters.system.machine import on_gpu
 
 MOST_TOKENS, MOST_RANKS = 16, 64  # beyond them products are faster; registers hold the sums of so many ranks
 MOST_ERROR = 1e-2  # of the largest number
+MANY_RANKS = 48  # more of them leave a thread too few registers for a block of so many
 THREADS = 512  # of a block: 256 took 1.04, 128 took 1.12 of its time (H200, the layers of a 4B model, rank 8)
 
 WORDS = {
@@ -125,13 +126,14 @@ def add_update(
 
     Returns: (..., Σ widths), in y's type.
     """
-    bounds, threads = _shares(tuple(widths))
+    block = THREADS if a.shape[2] <= MANY_RANKS else THREADS // 2
+    bounds, threads = _shares(tuple(widths), block)
     scaled = [array for array in (gain, shift) if array is not None]
     (out,) = _kernel(language(), gain is not None, shift is not None, _built.get(y.dtype, build))(
         inputs=[x, y, a, b, slots, bounds, *scaled],
-        template=[("T", y.dtype), ("R", a.shape[2]), ("THREADS", THREADS)],
+        template=[("T", y.dtype), ("R", a.shape[2]), ("THREADS", block)],
         grid=(threads, slots.size, 1),
-        threadgroup=(THREADS, 1, 1),
+        threadgroup=(block, 1, 1),
         output_shapes=[y.shape],
         output_dtypes=[y.dtype],
     )
@@ -139,9 +141,9 @@ def add_update(
 
 
 @cache
-def _shares(widths: tuple[int, ...]) -> tuple[mx.array, int]:
+def _shares(widths: tuple[int, ...], block: int = THREADS) -> tuple[mx.array, int]:
     """(where each layer's columns begin and the last one's end, how many threads work for a token)."""
-    return mx.array([0, *accumulate(widths)], mx.int32), THREADS * sum(-(-width // THREADS) for width in widths)
+    return mx.array([0, *accumulate(widths)], mx.int32), block * sum(-(-width // block) for width in widths)
 
 
 _built: dict[mx.Dtype, Callable[..., Any]] = {}  # how the kernel is built for each type

@@ -25,6 +25,7 @@ def test_both_languages_share_one_text():
 def test_blocks_of_threads_are_shared_out_among_layers():
     bounds, threads = kernel._shares((kernel.THREADS + 1, 8))
     assert bounds.tolist() == [0, kernel.THREADS + 1, kernel.THREADS + 9] and threads == 3 * kernel.THREADS
+    assert kernel._shares((257, 8), 256)[1] == 3 * 256
     text = kernel.source("cuda", kernel.ALWAYS)
     assert kernel.GAIN not in text and kernel.SHIFT not in text
 
@@ -120,3 +121,14 @@ def test_a_kernel_that_is_wrong_is_not_used(gpu, wrong):
     kernel._tried.cache_clear()
     assert not kernel.is_right(mx.float32)
     assert mx.allclose(added(), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(("rank", "threads"), [(8, kernel.THREADS), (48, kernel.THREADS), (64, kernel.THREADS // 2)])
+def test_blocks_are_smaller_for_ranks_whose_sums_take_many_registers(monkeypatch, rank, threads):
+    seen = []
+    monkeypatch.setattr(kernel, "_kernel", lambda *_: lambda **options: seen.append(options) or ["out"])
+    a, b = mx.zeros((1, 1, rank, 32)), mx.zeros((1, 600, rank))
+    kernel.add_update(mx.zeros((1, 600)), mx.zeros((1, 32)), a, b, (600,), mx.zeros((1,), mx.uint32))
+    (options,) = seen
+    assert options["threadgroup"] == (threads, 1, 1) and options["grid"] == (-(-600 // threads) * threads, 1, 1)
+    assert ("THREADS", threads) in options["template"]
