@@ -246,7 +246,8 @@ def test_training_computes_layers_of_wrong_gradients_unquantized(tiny_model, tmp
     config = AdapterConfig(4, 1.0, ("model.layers.0.self_attn.q_proj",))
     with warnings.catch_warnings():  # the memory of a step is measured on the same layers, which were told of
         warnings.simplefilter("error", MiscomputedWarning)
-        tried = probe.Prober(resolve_base(base), config, TrainConfig(dtype="float32"), 320)._train_step(2).module
+        plain = TrainConfig(dtype="float32", chunked_loss="off")
+        tried = probe.Prober(resolve_base(base), config, plain, None, 320)._train_step(2).module
         counted = probe.weight_bytes(load_module(resolve_base(base))[0], "float32")
     assert not any(is_quantized(layer) for layer in weight_layers(tried).values())
     assert counted == sum(array.nbytes for name, array in tree_flatten(tried.parameters()) if "lora" not in name)
