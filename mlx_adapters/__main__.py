@@ -1,19 +1,22 @@
 """The program `mlx-adapters`, which is also `python -m mlx_adapters`."""
 
+import atexit
 import os
 import signal
+import sys
 
 
 def main() -> None:
     """Run the program.
 
     A Ctrl-C before it is loaded ends it at once, when there is nothing to clear up, and one that comes when it has
-    done its work changes nothing any more.
+    done its work changes nothing any more. It leaves without Python's clearing up: threads of MLX that are still there
+    then, its own or ours, abort the process.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _leave)
-    import threading
+    from contextlib import suppress
 
     from mlx_adapters.cli import main as run
 
@@ -22,9 +25,13 @@ def main() -> None:
     except SystemExit as end:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
-        if any(thread.daemon for thread in threading.enumerate()):  # one in MLX would abort while Python ends
-            os._exit(int(end.code or 0))
-        raise
+        if isinstance(end.code, str):
+            os.write(2, f"{end.code}\n".encode())
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):  # closed, or its reader is gone
+                stream.flush()
+        os._exit(end.code if isinstance(end.code, int) else int(end.code is not None))
     except KeyboardInterrupt:
         _leave()
 
