@@ -71,6 +71,7 @@ def read_report(path: str | Path) -> Report:
             | {
                 "config": from_mapping(BenchmarkConfig, raw["config"]),
                 "warnings": tuple(raw["warnings"]),
+                "quality": dict(raw.get("quality", {})),
                 "variants": tuple(from_mapping(Variant, variant) for variant in raw["variants"]),
                 "runs": tuple(Run(run["variant"], run["round"], run["result"]) for run in raw["runs"]),
             }

@@ -189,7 +189,10 @@ def _cut(
 ) -> Row:
     marks = np.ones(len(tokens), bool) if trained is None else trained.copy()
     marks[:1] = False
-    kept, marks = np.array(tokens[:length], np.int32), marks[:length]
+    ids = np.array(
+        tokens[:length], np.int64
+    )  # a broken tokenizer's may be too large; whoever has the model refuses them
+    kept, marks = np.minimum(ids, np.iinfo(np.int32).max).astype(np.int32), marks[:length]
     stops = not stop_ids(tokenizer).isdisjoint(kept[marks].tolist())
     return Row(kept, marks, raw.where, len(tokens), stops)
 

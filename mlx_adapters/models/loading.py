@@ -148,9 +148,8 @@ def load_module(base: Base) -> tuple[nn.Module, dict[str, Any]]:
         with contextlib.suppress(AdapterError, OSError):  # what keeps the folder from being read tells less than `why`
             lacking = base.lacking
         why = f"it lacks {', '.join(lacking[:3])}, which its index names" if lacking else why
-        packer = (
-            (config.get("quantization_config") or {}).get("quant_method") if not config.get("quantization") else None
-        )
+        packing = config.get("quantization_config") if not config.get("quantization") else None
+        packer = packing.get("quant_method") if isinstance(packing, dict) else None
         why = f"its weights, packed by {packer}, are not as mlx-lm reads them ({why})" if packer else why
         own = f"it is code of its own, '{config['model_file']}', that says so." if config.get("model_file") else None
         hint = WHOLE_MODEL if lacking else NOT_PACKED if packer else files_hint(files) or own or NOT_ITS_OWN
@@ -187,8 +186,8 @@ def load_tokenizer_of(base: Base, template: TemplateConfig | None = None) -> Any
     FormatError or ConfigError.
     """
     eos, other = base.config.get("eos_token_id"), template.chat_template if template else None
-    ends = eos if isinstance(eos, list) else [eos]
-    if not all(end is None or (isinstance(end, int) and not isinstance(end, bool)) for end in ends):
+    ends = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if not all(isinstance(end, int) and not isinstance(end, bool) for end in ends):
         raise FormatError(
             f"eos_token_id of '{base.name}' is {json.dumps(eos)}, which is no token id.",
             "it stands in config.json or generation_config.json: a whole number, or a list of them.",

@@ -40,8 +40,8 @@ def _check_model(subject: Subject) -> None:
     if not there:
         raise NotFoundError(f"'{subject.folder}' has no model*.safetensors.", "publish a whole model folder.")
     index = subject.sources.get("model.safetensors.index.json")
-    shards: Mapping[str, str] = files.read_json(index).get("weight_map") or {} if index else {}
-    missing = sorted(set(shards.values()) - there)
+    places = files.read_json(index).get("weight_map") if index else None
+    missing = sorted({str(name) for name in places.values()} - there) if isinstance(places, Mapping) else []
     if missing:
         raise NotFoundError(f"'{subject.folder}' lacks {missing[0]}, which its index names.", "fuse or copy it again.")
     if not any(is_tokenizer(name) for name in subject.sources):

@@ -268,11 +268,12 @@ def test_a_damaged_report_is_refused_or_can_be_shown(measured, tmp_path):
 
     path = tmp_path / "report.json"
     refused = 0
-    for change in itertools.islice(every_change(measured.to_json()), 600):
+    without = measured.to_json() | {"quality": 0}
+    for change in (without, *itertools.islice(every_change(measured.to_json()), 600)):
         path.write_text(json.dumps(change))
         try:
             report = read_report(path)
-            words.table(report.readable), words.head(report)
+            words.table(report.readable), words.head(report), report.judged
         except AdapterError as error:
             refused += 1
             assert "report" in error.message or error.message.endswith(".")

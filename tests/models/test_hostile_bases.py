@@ -84,6 +84,8 @@ def test_whatever_is_raised_becomes_the_given_error(capsys):
         {"layer_types": ["x"]},
         {"bos_token_id": "x"},
         {"eos_token_id": [2, "x"]},
+        {"eos_token_id": [None]},
+        {"quantization_config": 1},
         {"max_position_embeddings": "many"},
         {"model_file": "code.py"},
     ],
@@ -151,7 +153,7 @@ def test_odd_numbers_that_a_model_can_compute_with_are_taken(broken, settings):
     assert load_model(resolve_base(broken("config.json", **settings)))
 
 
-NO_TOKENS = [b'{"eos_token_id": %b}' % one for one in (b"[[]]", b'["null"]', b'{"": {}}', b"true", b"[1.5]")]
+NO_TOKENS = [b'{"eos_token_id": %b}' % one for one in (b"[[]]", b'["null"]', b"[null]", b'{"": {}}', b"true", b"[1.5]")]
 
 
 @pytest.mark.parametrize("content", [b"1", b"[]", b'"x"', b"{", b"\xff", b"[" * 100_000, *NO_TOKENS])
