@@ -36,7 +36,7 @@ LONGEST_PIECE = 16  # tokens that may share one character, where a tokenizer has
 class Conversation:
     """A conversation as the model sees it.
 
-    `tokens`: (n,) int32. `trained`: (n,) bool, True where the model writes the token, in the turns that were asked
+    `tokens`: (n,) int64. `trained`: (n,) bool, True where the model writes the token, in the turns that were asked
     for. `turns` tells each of them. `messages` and `tools` are as the template took them. `written` is the traced
     rendering, None where there is no jinja template.
     """
@@ -99,7 +99,7 @@ def conversation(
     trained = np.zeros(len(encoded.ids), bool)
     for start, stop in (span for turn in marked for span in turn.spans):
         trained[start:stop] = True
-    return Conversation(messages, np.array(encoded.ids, np.int32), trained, tuple(marked), encoded, traced, tools)
+    return Conversation(messages, np.array(encoded.ids, np.int64), trained, tuple(marked), encoded, traced, tools)
 
 
 @contextmanager

@@ -30,8 +30,8 @@ FORGETFUL = (
 NOWHERE = "{% for m in messages %}{{ m.content }} {% endfor %}{% if add_generation_prompt %}red{% endif %}"
 
 
-def tokenizer(template=STABLE):
-    vocabulary = {w: i for i, w in enumerate(["<pad>", "<s>", "</s>", *WORDS, "<unk>", "0", "zebra", "."])}
+def tokenizer(template=STABLE, **ids):
+    vocabulary = {w: i for i, w in enumerate(["<pad>", "<s>", "</s>", *WORDS, "<unk>", "0", "zebra", "."])} | ids
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", bos_token="<s>", unk_token="<unk>")
@@ -64,6 +64,12 @@ def test_every_assistant_turn_is_trained_or_only_the_last():
     assert words(row.tokens, row.trained) == "two red </s> four </s>"
     last = tokenize_row(raw(messages=TWO_TURNS), tokenizer(), mask_prompt=True, last_turn_only=True)
     assert words(last.tokens, last.trained) == "four </s>"
+
+
+def test_an_id_beyond_31_bits_is_left_to_whoever_knows_the_models():
+    for values in ({"messages": TWO_TURNS}, {"text": "red one"}):
+        row = tokenize_row(raw(**values), tokenizer(red=2**31), mask_prompt="messages" in values)
+        assert row.tokens.dtype == np.int32 and row.tokens.max() == 2**31 - 1
 
 
 def test_a_template_that_rewrites_earlier_turns_is_still_masked_right():

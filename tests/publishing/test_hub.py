@@ -493,15 +493,15 @@ def test_old_shards_are_removed(hub, fused):
     assert "model-00002-of-00002.safetensors" not in there and "notes.txt" in there
 
 
-@pytest.mark.parametrize("how", ["NaN", "shard", "tokenizer", "config", "weights", "truncated"])
+@pytest.mark.parametrize("how", ["NaN", "shard", "list", "tokenizer", "config", "weights", "truncated"])
 def test_damaged_models_are_refused(hub, fused, how):
     weights = fused / "model.safetensors"
     if how == "NaN":
         tensors = mx.load(str(weights))
         name = next(n for n in tensors if n.endswith("norm.weight"))
         mx.save_safetensors(str(weights), tensors | {name: mx.full(tensors[name].shape, float("inf"))})
-    elif how == "shard":
-        index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
+    elif how in ("shard", "list"):
+        index = {"weight_map": {"a": "model-00001-of-00002.safetensors" if how == "shard" else [1]}}
         (fused / "model.safetensors.index.json").write_text(json.dumps(index))
     elif how == "truncated":
         weights.write_bytes(weights.read_bytes()[:-10])
