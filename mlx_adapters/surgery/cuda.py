@@ -9,14 +9,12 @@ join a batch nearly always have one.
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
-from functools import cache
 from typing import Any
 
 from mlx_adapters.surgery.calls import function_call_as
 from mlx_adapters.system.door import mx
 from mlx_adapters.system.machine import on_cuda
 
-LEAST_TOKENS = 8  # with fewer, but for one, MLX reads the matrix for each: 4 took 44 to 122 us, 8 take 19 to 36
 MANY_TOKENS = 256  # from here on a product is faster with an unpacked matrix
 MOST_SCORES = 1 << 26  # numbers between tokens that may be in memory; cuDNN keeps none of them
 
@@ -52,9 +50,6 @@ def quantized_matmul(
     if shape[:2] == (1, 1):  # soon decided: every layer calls it for every token
         return packed(x, w, scales, biases, transpose, **kind)
     tokens, alone = x.size // shape[-1], w.ndim == 2
-    if 1 < tokens < LEAST_TOKENS and alone and transpose and _is_tiled(x, w, kind):
-        few = mx.concatenate([x.reshape(tokens, shape[-1]), _nothing(LEAST_TOKENS - tokens, shape[-1], x.dtype)])
-        return packed(few, w, scales, biases, **kind)[:tokens].reshape(*shape[:-1], w.shape[0])
     unpacks = alone and transpose and tokens > MANY_TOKENS and kind.get("mode", "affine") == "affine"
     if unpacks and getattr(_here, "generates", False):
         return x @ mx.dequantize(w, scales, biases, **kind, dtype=x.dtype).T
@@ -62,18 +57,6 @@ def quantized_matmul(
         return packed(x, w, scales, biases, transpose, **kind)
     y = packed(x.reshape(tokens, shape[-1]), w, scales, biases, transpose, **kind)
     return y.reshape(*shape[:-1], y.shape[-1])
-
-
-def _is_tiled(x: mx.array, w: mx.array, kind: dict[str, Any]) -> bool:
-    """Whether MLX has a kernel that reads the matrix once for several tokens, in 16 bits."""
-    return x.dtype != mx.float32 and kind.get("bits") in (4, 8) and w.shape[0] % 128 == 0 and x.shape[-1] % 64 == 0
-
-
-@cache
-def _nothing(tokens: int, width: int, dtype: mx.Dtype) -> mx.array:
-    nothing = mx.zeros((tokens, width), dtype)
-    mx.eval(nothing)
-    return nothing
 
 
 if on_cuda():

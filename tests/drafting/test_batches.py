@@ -149,7 +149,7 @@ def test_caches_in_few_bits_with_guesses(tiny_model):
     assert drafted.generate_batch(pairs, max_tokens=30) == plain.generate_batch(pairs, max_tokens=30)
 
 
-def test_a_row_alone_is_decoded_by_compiled_steps(tiny_model, monkeypatch):
+def test_a_row_alone_is_decoded_by_compiled_steps(tiny_model, monkeypatch, on_cpu):
     """Rows that come, go and follow each other, also with another adapter, have the tokens that they have without."""
     model = load_model(tiny_model("llama"))
     model.pool = AdapterPool(model.module, group=False)

@@ -41,23 +41,6 @@ def test_a_packed_matrix_is_read_once_for_all_rows(shape, bits, monkeypatch):
         assert read == ([] if many else [shape if len(shape) < 3 or shape[0] == 1 else flat])
 
 
-@pytest.mark.parametrize("shape", [(3, 1, 64), (1, 5, 64), (2, 64), (8, 1, 64), (1, 1, 64)])
-def test_a_few_tokens_are_filled_up_where_that_takes_a_faster_kernel(shape, monkeypatch):
-    read = []
-
-    def original(x, *args, **options):
-        read.append(len(x.reshape(-1, 64)))
-        return packed_by_mlx(x, *args, **options)
-
-    monkeypatch.setattr(cuda, "packed", original)
-    packed = [array if array.dtype == mx.uint32 else array.astype(mx.float16) for array in mx.quantize(normal(128, 64))]
-    x = normal(*shape, seed=1).astype(mx.float16)
-    kind = {"group_size": 64, "bits": 4, "mode": "affine"}
-    y = cuda.quantized_matmul(x, *packed, transpose=True, **kind)
-    assert mx.allclose(y, packed_by_mlx(x, *packed, transpose=True, **kind), atol=2e-2)
-    assert read == [8 if x.size > 64 else 1] and y.shape == (*shape[:-1], 128)
-
-
 def test_other_products_are_left_alone():
     several = mx.quantize(normal(2, 32, 64), group_size=32, bits=4)
     x = normal(2, 3, 64, seed=1)
