@@ -195,12 +195,17 @@ class Reader:
             mx.eval(states) if waits else mx.async_eval(states)
         for reading, piece in zip(group, pieces, strict=True):
             reading.done += len(piece)
-            soon = reading.done - reading.request.cached_tokens < WORTH_KEEPING and not self.waiting
-            if reading.done in reading.stops or (reading.left == 0 and not soon):
+            if reading.done in reading.stops or (reading.left == 0 and self._is_kept_now(reading)):
                 self.remember(reading.request, reading.request.prompt[: reading.done], reading.cache)
         if waits:
             self._note(tokens, time.perf_counter() - begun)
         return tokens
+
+    def _is_kept_now(self, reading: Reading) -> bool:
+        """Whether a prompt is kept before its answer is there: if it was long, or somebody waits, or it can only be
+        gone on from at its end (which the first one tells)."""
+        long = reading.done - reading.request.cached_tokens >= WORTH_KEEPING
+        return long or bool(self.waiting) or self.known.by_moments or not len(self.known)
 
     def _note(self, tokens: int, seconds: float) -> None:
         """Learn how fast the device reads, of passes that it works for; a slow one may have compiled kernels."""

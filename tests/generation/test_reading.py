@@ -6,6 +6,7 @@ import pytest
 from helpers.adapters import random_adapter
 from helpers.tiny_configs import make_model, tiny_base, tiny_config
 
+from mlx_adapters.generation import reading
 from mlx_adapters.generation.batching import Batcher
 from mlx_adapters.generation.live import load_model
 from mlx_adapters.generation.requests import Request
@@ -134,7 +135,8 @@ def test_a_prompt_that_waits_for_another_is_begun_when_that_is_read(tiny_model, 
     assert begun == requests and [request.cached_tokens for request in requests] == [0, 100, 100, 100]
 
 
-def test_where_only_ends_of_messages_are_kept_prompts_wait_for_these_alone(tmp_path, passes):
+def test_where_only_ends_of_messages_are_kept_prompts_wait_for_these_alone(tmp_path, passes, monkeypatch):
+    monkeypatch.setattr(reading, "WORTH_KEEPING", 256)  # a GPU's, by which other prompts are kept with their answers
     model = model_of(tiny_base(tmp_path / "base", "qwen3_5"))
     batcher = Batcher(model.module, model.pool, cache_bytes=1 << 30)
     seen = passes(model.module)
