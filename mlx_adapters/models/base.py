@@ -179,7 +179,7 @@ class Base:
         record says so."""
         if self.trained is not None:
             return data_config(self.trained.metadata).template
-        with contextlib.suppress(AdapterError, AttributeError, TypeError):
+        with contextlib.suppress(AdapterError, AttributeError, KeyError, TypeError):
             recipe = files.read_json(self.folder / FUSE_RECIPE_FILE)
             arguments = [entry.get("chat_template_args") for entry in recipe["adapters"] or [recipe["base"]]]
             if arguments and isinstance(arguments[0], dict) and all(one == arguments[0] for one in arguments):

@@ -80,7 +80,9 @@ WAYS = {
     "loftq": Way({"init": "loftq", "original": "the base, unquantized"}, CLIPPED, {"bits": 4, "group_size": 32}),
     "dora": Way({"type": "dora"}, {"mask_prompt": True, **CLIPPED}),
     "full": Way({**FULL, "num_layers": 1}, {"memory": "mlp", **CLIPPED}, {"bits": 4, "group_size": 32}),
-    "full, named": Way({**FULL, "target_modules": ("input_layernorm", "v_proj", "embed_tokens")}, CLIPPED),
+    "full, named": Way(
+        {**FULL, "target_modules": ("input_layernorm", "v_proj", "embed_tokens")}, CLIPPED, sums_in_any_order=True
+    ),
     "packing": Way({}, {"packing": True, "max_seq_length": 96, "batch_size": 2, "grad_accumulation": 3, **CLIPPED}),
     "less memory": Way({}, {"grad_checkpoint": True, "chunked_loss": "on", **CLIPPED}),
     "MLPs computed again": Way({}, {"memory": "mlp", **CLIPPED}),

@@ -55,6 +55,7 @@ def test_packed_updates_are_those_of_each_tensor(settings, vectors, monkeypatch)
     """To the bit, but for the gradient's norm, which is summed in another order; and a state saved by one is taken by
     the other."""
     config, weights = TrainConfig(**settings), random(0)
+    packs(monkeypatch, 0)  # on a GPU, too
     made = {"alone": Optimizer(config, weights)}
     packs(monkeypatch)
     made["packed"] = Optimizer(config, weights)
