@@ -9,7 +9,7 @@ from helpers.drafts import Prompter, a_module
 
 from mlx_adapters.config.quantization import CacheQuantization
 from mlx_adapters.config.sampling import Drafting, Sampling
-from mlx_adapters.drafting import one_token
+from mlx_adapters.drafting import attention, one_token
 from mlx_adapters.drafting.drafts import Drafts
 from mlx_adapters.drafting.rewinding import rewinds
 from mlx_adapters.generation.batching import Batcher
@@ -175,5 +175,7 @@ def test_a_row_alone_is_decoded_by_compiled_steps(tiny_model, monkeypatch, on_cp
     expected, compiled = answers(), []
     step = one_token.OneToken._one
     monkeypatch.setattr(one_token, "serves", lambda: True)
+    monkeypatch.setattr(attention, "on_cuda", lambda: False)  # its kernel is for wider heads
+    attention.is_right.cache_clear()
     monkeypatch.setattr(one_token.OneToken, "_one", lambda self, *given: compiled.append(1) or step(self, *given))
     assert answers() == expected and len(compiled) > 20
