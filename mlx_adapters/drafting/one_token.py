@@ -22,6 +22,7 @@ from mlx_adapters.drafting import attention
 from mlx_adapters.drafting.attention import RECENT, Pair
 from mlx_adapters.surgery.calls import HELD, function_call_as
 from mlx_adapters.system.door import KVCache, mx, nn
+from mlx_adapters.system.gpu_kernels import compiled
 from mlx_adapters.system.machine import on_cuda
 
 WORTH_TOKENS = 8  # so many are computed before a step is compiled: that takes as long as it saves in them
@@ -98,7 +99,7 @@ class OneToken:
     compile: what makes a function a compiled one. after: how many single tokens come first, if there is no step yet.
     """
 
-    def __init__(self, module: nn.Module, compile: Compile = mx.compile, after: int = WORTH_TOKENS) -> None:
+    def __init__(self, module: nn.Module, compile: Compile = compiled, after: int = WORTH_TOKENS) -> None:
         self.module, self._compile = module, compile
         self._kept: _Kept = vars(module).setdefault(KEPT, _Kept())
         modules = module.modules()

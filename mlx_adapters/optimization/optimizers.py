@@ -19,6 +19,7 @@ from mlx_adapters.config.training import TrainConfig
 from mlx_adapters.models.adapter import Weights
 from mlx_adapters.storage.tensor_names import LORA_B, split
 from mlx_adapters.surgery.calls import set_random_key
+from mlx_adapters.system import gpu_kernels
 from mlx_adapters.system.door import mx
 from mlx_adapters.system.machine import on_gpu
 
@@ -37,7 +38,7 @@ def compiled(function: Callable, state: Any = None) -> Callable:
     """
     if not compiles():
         return function
-    fast = mx.compile(function, inputs=state, outputs=state)
+    fast = gpu_kernels.compiled(function, state, state)
 
     def call(*arguments: Any) -> Any:
         key = mx.array(mx.random.state[0])

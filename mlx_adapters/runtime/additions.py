@@ -12,6 +12,7 @@ from mlx_adapters.errors import IncompatibleError
 from mlx_adapters.runtime import kernel
 from mlx_adapters.runtime.factors import Factors
 from mlx_adapters.system.door import mx
+from mlx_adapters.system.gpu_kernels import compiled
 from mlx_adapters.system.machine import on_gpu
 
 Product = Callable[[mx.array], mx.array]
@@ -70,7 +71,7 @@ class ForAll:
         """`linears` of what `product` gives for its argument, compiled; gone with this object, as its constants are."""
         if self._compiled is None:
             twin = copy(self)  # not this one, which holds it
-            self._compiled = mx.compile(lambda x: twin.linears(product(x), x, widths))
+            self._compiled = compiled(lambda x: twin.linears(product(x), x, widths))
         return self._compiled
 
     def lookup(self, y: mx.array, ids: mx.array) -> mx.array:

@@ -1,7 +1,10 @@
-"""What is handed to CUDA's compiler; and the sum along an axis that stands in for MLX's: its values and gradients.
+"""What is handed to CUDA's compiler; what stands in for MLX's sum along an axis, its values and gradients; and
+functions that are compiled.
 
 (What the kernels compute is tried where they are first used.)
 """
+
+from concurrent.futures import ThreadPoolExecutor
 
 import mlx.core as mx
 import numpy as np
@@ -84,3 +87,15 @@ def test_a_type_without_a_word_in_c_is_left_to_mlx(given):
 def test_metal_has_one_way(monkeypatch):
     monkeypatch.setattr(gpu_kernels, "language", lambda: "metal")
     assert gpu_kernels.ways() == [gpu_kernels.build]
+
+
+def test_a_compiled_function_computes_what_it_says_whoever_called_others_before():
+    def answer():
+        return held[0](mx.ones(2)).tolist()
+
+    with ThreadPoolExecutor(1) as other:
+        for number in range(20):  # each at the address of the one before
+            factor = mx.array(float(number))
+            held = [gpu_kernels.compiled(lambda x, factor=factor: x * factor)]
+            assert answer() == other.submit(answer).result() == [number, number]
+            held.clear()
