@@ -18,7 +18,7 @@ from typing import Any
 
 from mlx_adapters.models.quantized_check import remembered
 from mlx_adapters.system.door import mx
-from mlx_adapters.system.gpu_kernels import build, ways
+from mlx_adapters.system.gpu_kernels import ATTENTION, FEW, build, spelled, ways
 from mlx_adapters.system.machine import on_cuda
 
 RECENT = 32  # tokens whose keys and values lie beside the cache
@@ -26,10 +26,9 @@ WIDTHS, LANES, WARPS = (32, 64, 128, 256), 32, 16  # more threads would have too
 MOST_ERROR = 1e-2  # of the largest number
 INPUTS = ("q", "keys", "values", "recent_keys", "recent_values", "new_keys", "new_values", "counts", "scale")
 OUTPUTS = ("out", "next_keys", "next_values")
-HEADER = "template <typename T, int N> struct alignas(sizeof(T) * N) Few { T v[N]; };"
-# A block for each head; each of its warps takes every WARPSth token, AHEAD of them under way (Milakov and Gimelshein,
-# arXiv 1805.02867: the sum of exponentials without a pass for the largest).
-SOURCE = """
+# A block for each head; each of its warps takes every WARPSth token, AHEAD of them under way.
+SOURCE = spelled(
+    """
 constexpr int NK = K / 32, NV = V / 32, HELD = (NK + NV) * sizeof(T), AHEAD = HELD > 32 ? 1 : HELD > 16 ? 2 : 4;
 const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, head = blockIdx.x, room = keys_shape[2];
 const int shared = q_shape[1] / keys_shape[1], group = head / shared;
@@ -72,15 +71,7 @@ for (int first = warp; first < length; first += WARPS * AHEAD) {
   #pragma unroll
   for (int j = 0; j < AHEAD; ++j) {
     if (first + WARPS * j < length) {
-      float score = 0.0f;
-      #pragma unroll
-      for (int i = 0; i < NK; ++i) score += own[i] * (float) ks[j].v[i];
-      for (int d = 16; d; d >>= 1) score += __shfl_xor_sync(0xffffffff, score, d);
-      const float top = fmaxf(most, score), old = expf(most - top), now = expf(score - top);
-      most = top;
-      weight = weight * old + now;
-      #pragma unroll
-      for (int i = 0; i < NV; ++i) sum[i] = sum[i] * old + now * (float) vs[j].v[i];
+      SEE_TOKEN
     }
   }
 }
@@ -103,7 +94,9 @@ for (int column = warp; column < V; column += WARPS) {
   for (int d = 16; d; d >>= 1) x += __shfl_xor_sync(0xffffffff, x, d);
   if (lane == 0) out[(size_t) head * V + column] = (T) (x / total);
 }
-"""
+""",
+    ATTENTION,
+)
 Pair = tuple[mx.array, mx.array]  # keys and values
 
 
@@ -141,7 +134,7 @@ _built: dict[mx.Dtype, Callable[..., Any]] = {}  # how the kernel is built for e
 
 @cache
 def _kernel(way: Callable[..., Any]) -> Any:
-    return way("attend", INPUTS, OUTPUTS, SOURCE, HEADER)
+    return way("attend", INPUTS, OUTPUTS, SOURCE, FEW)
 
 
 def serves(q: mx.array, keys: mx.array, values: mx.array) -> bool:
@@ -158,7 +151,7 @@ def is_right(dtype: mx.Dtype, widths: tuple[int, int]) -> bool:
     on small arrays, and remembered."""
     if not on_cuda():
         return True
-    text = hashlib.sha256((SOURCE + HEADER).encode()).hexdigest()
+    text = hashlib.sha256((SOURCE + FEW).encode()).hexdigest()
     for way in ways() if set(widths) <= set(WIDTHS) else ():
         _built[dtype] = way
         kind = f"attend {text[:16]}, {dtype}, {widths[0]} and {widths[1]} wide, {way.__name__}"

@@ -15,16 +15,15 @@ from mlx_adapters.models.quantized_check import remembered
 from mlx_adapters.surgery.calls import function_call_as
 from mlx_adapters.surgery.padded import PaddedCache, fetched
 from mlx_adapters.system.door import mx
-from mlx_adapters.system.gpu_kernels import build
+from mlx_adapters.system.gpu_kernels import ATTENTION, FEW, build, spelled
 from mlx_adapters.system.machine import on_cuda
 
 LANES, WARPS, WIDTHS = 32, 8, (32, 64, 128)
 MOST_ERROR = 1e-2  # of the largest number
 INPUTS = ("q", "keys", "values", "left", "held", "scale")
-HEADER = "template <typename T, int N> struct alignas(sizeof(T) * N) Few { T v[N]; };"
-# Each warp takes every eighth token, AHEAD of them under way (Milakov and Gimelshein, arXiv 1805.02867: the sum of
-# exponentials without a pass for the largest).
-SOURCE = """
+# Each warp takes every eighth token, AHEAD of them under way.
+SOURCE = spelled(
+    """
 constexpr int NK = K / 32, NV = V / 32, AHEAD = 4;
 const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, head = blockIdx.x, row = blockIdx.y;
 const int heads = q_shape[1], groups = keys_shape[1], room = keys_shape[2];
@@ -52,15 +51,7 @@ for (int token = first + warp; token < stop; token += WARPS * AHEAD) {
   #pragma unroll
   for (int j = 0; j < AHEAD; ++j) {
     if (token + WARPS * j < stop) {
-      float score = 0.0f;
-      #pragma unroll
-      for (int i = 0; i < NK; ++i) score += own[i] * (float) ks[j].v[i];
-      for (int d = 16; d; d >>= 1) score += __shfl_xor_sync(0xffffffff, score, d);
-      const float top = fmaxf(most, score), old = expf(most - top), now = expf(score - top);
-      most = top;
-      weight = weight * old + now;
-      #pragma unroll
-      for (int i = 0; i < NV; ++i) sum[i] = sum[i] * old + now * (float) vs[j].v[i];
+      SEE_TOKEN
     }
   }
 }
@@ -83,7 +74,9 @@ for (int column = threadIdx.x; column < V; column += blockDim.x) {
   }
   out[((size_t) row * heads + head) * V + column] = (T) (x / total);
 }
-"""
+""",
+    ATTENTION,
+)
 
 
 @contextlib.contextmanager
@@ -140,7 +133,7 @@ def attend(q: mx.array, keys: mx.array, values: mx.array, left: mx.array, held: 
 
 @cache
 def _kernel() -> Any:
-    return build("attend_rows", INPUTS, ["out"], SOURCE, HEADER)
+    return build("attend_rows", INPUTS, ["out"], SOURCE, FEW)
 
 
 @cache
@@ -151,7 +144,7 @@ def _number(value: float) -> mx.array:
 @cache
 def is_right(dtype: mx.Dtype, *widths: int) -> bool:
     """Whether this device computes with the kernel what it computes with products; tried once, and remembered."""
-    text = hashlib.sha256((SOURCE + HEADER).encode()).hexdigest()
+    text = hashlib.sha256((SOURCE + FEW).encode()).hexdigest()
     return remembered(f"attend_rows {text[:16]}, {dtype}, {widths}", lambda: _error(dtype, *widths)) <= MOST_ERROR
 
 

@@ -43,6 +43,22 @@ def ways() -> list[Callable[..., Any]]:
     return [build] if language() == "metal" else [build_quickly, build]
 
 
+FEW = "template <typename T, int N> struct alignas(sizeof(T) * N) Few { T v[N]; };"
+# What a warp of a kernel of attention does with one more token's key and value (Milakov and Gimelshein,
+# arXiv 1805.02867: the sum of exponentials without a pass for the largest).
+ATTENTION = {
+    "SEE_TOKEN": """float score = 0.0f;
+      #pragma unroll
+      for (int i = 0; i < NK; ++i) score += own[i] * (float) ks[j].v[i];
+      for (int d = 16; d; d >>= 1) score += __shfl_xor_sync(0xffffffff, score, d);
+      const float top = fmaxf(most, score), old = expf(most - top), now = expf(score - top);
+      most = top;
+      weight = weight * old + now;
+      #pragma unroll
+      for (int i = 0; i < NV; ++i) sum[i] = sum[i] * old + now * (float) vs[j].v[i];"""
+}
+
+
 PRELUDE = """
 #define INFINITY __int_as_float(0x7f800000)
 struct bfloat16 {
