@@ -103,7 +103,10 @@ def dense_class(layer: nn.Module) -> type[nn.Module] | None:
 
 
 def dense_layer(layer: nn.Module, weight: mx.array) -> nn.Module:
-    """An unquantized layer of the same kind with that weight and the layer's bias, in the weight's type."""
+    """An unquantized layer of the same kind with that weight and the layer's bias, in the weight's type.
+
+    The weight is laid out: MLX's CUDA build takes experts that are a part of another array for those beside them.
+    """
     kind: Any = dense_class(layer)
     if kind is None:
         raise ModelError(
@@ -113,7 +116,7 @@ def dense_layer(layer: nn.Module, weight: mx.array) -> nn.Module:
     dense = kind.__new__(kind)
     nn.Module.__init__(dense)
     dict.update(dense, {name: value for name, value in layer.items() if not isinstance(value, mx.array)})
-    dense.weight = weight
+    dense.weight = mx.contiguous(weight)
     if "bias" in layer:
         dense.bias = layer.bias.astype(weight.dtype)
     return dense

@@ -32,7 +32,7 @@ from mlx_adapters.models.layers import SWITCH, adaptable_layers, named_layers, u
 from mlx_adapters.models.model import Model
 from mlx_adapters.models.quantized_check import replace_miscomputed
 from mlx_adapters.storage.paths import refuse_pointer
-from mlx_adapters.storage.tensor_names import WEIGHT, split
+from mlx_adapters.storage.tensor_names import QUANTIZED_LEAVES, WEIGHT, split
 from mlx_adapters.surgery.caches import compute_as_generated, trace
 from mlx_adapters.surgery.groups import lay_groups_together
 from mlx_adapters.system.door import (
@@ -94,13 +94,14 @@ def load_model(
 
 
 def lay_experts_out(module: nn.Module) -> None:
-    """Give experts' weights (experts, out, in) rows that lie one after the other.
+    """Give experts' weights (experts, out, in) rows that lie one after the other, packed ones too.
 
-    Some checkpoints hold them turned, or two of them in one array; each product would then copy all experts first.
+    Some checkpoints hold them turned: each product would then copy all experts first. Others hold two of them in one
+    array: MLX 0.32.4's CUDA build passes over every other half, and takes other experts for those that are meant.
     """
     for layer in module.modules():
-        if isinstance(layer, SWITCH) and not is_quantized(layer):
-            layer.weight = mx.contiguous(layer.weight)
+        if isinstance(layer, SWITCH):
+            layer.update({name: mx.contiguous(layer[name]) for name in QUANTIZED_LEAVES if name in layer})
 
 
 def require_experts(module: nn.Module, base: Base) -> None:

@@ -1,9 +1,12 @@
 """Layers of other kinds: what no adapter takes but mlx-lm quantizes, and what is not called once for a whole batch."""
 
+from dataclasses import replace
+
 import mlx.core as mx
 import numpy as np
 import pytest
 from helpers.fusing import IDS, some_rows, visible_adapter
+from helpers.tiny_configs import tiny_base
 from helpers.tiny_models import build_model
 from mlx_lm.utils import load_model as load_as_mlx_lm_does
 
@@ -17,8 +20,9 @@ from mlx_adapters.config.quantization import Quantization
 from mlx_adapters.data.batches import make_batches
 from mlx_adapters.errors import FormatError
 from mlx_adapters.fusion.fuse import fuse
+from mlx_adapters.models import loading
 from mlx_adapters.models.adapter import Adapter
-from mlx_adapters.models.dense import dense_layer, dense_weight
+from mlx_adapters.models.dense import dense_layer, dense_weight, weight_shape
 from mlx_adapters.models.layers import adaptable_layers, weight_layers
 from mlx_adapters.models.loading import load_model, load_module
 from mlx_adapters.models.metadata import AdapterConfig
@@ -39,6 +43,26 @@ def test_an_unquantized_fuse_unpacks_every_quantized_layer(architecture, tiny_mo
     load_as_mlx_lm_does(tmp_path / "out")
     expected = load_model(resolve_base(base), adapter).logits(IDS)
     assert mx.abs(load_model(resolve_base(tmp_path / "out")).logits(IDS) - expected).max().item() < 1e-4
+
+
+@pytest.mark.parametrize("architecture", ["qwen3_5_moe", "granitemoehybrid"])
+def test_experts_that_share_an_array_are_laid_out_before_they_compute(architecture, tmp_path, monkeypatch):
+    """CUDA's product of sorted tokens takes the experts for one beside the other."""
+    base, out = tiny_base(tmp_path / "base", architecture), tmp_path / "hf"
+    fuse(base, visible_adapter(base), out, quantization="none", options=replace(NEAREST, format="hf"))
+    model = BlockwiseModel(resolve_base(out))
+    experts = [path for path in model.layer_paths(0) if weight_shape(model.source.layers[path])[:-2]]
+    in_one = [path for path in experts if not in_order(model.source.layers[path].weight)]
+    assert in_one, "this checkpoint does not hold two of them in one array"
+    model.prepare(0)
+    assert all(in_order(model.weight(path)) for path in experts)
+    monkeypatch.setattr(loading, "on_gpu", lambda: True)
+    layers = adaptable_layers(load_model(resolve_base(out), dense=False).module)
+    assert all(in_order(layers[path].weight) for path in experts)
+
+
+def in_order(array: mx.array) -> bool:
+    return np.array(array, copy=False).flags.c_contiguous
 
 
 @pytest.mark.parametrize("architecture", MLA)

@@ -113,19 +113,19 @@ def test_upper_triangular_matrices_are_inverted_by_panels_many_at_once(n):
 
 def test_no_product_of_nothing_is_asked_for(monkeypatch):
     """CUDA divides by zero there, which ends the process."""
-    sizes, addmm, kept = [], mx.addmm, feedback._BlockedRounder._round
+    products, rounds, addmm, kept = [], [], mx.addmm, feedback._BlockedRounder._round
     monkeypatch.setattr(
-        mx, "addmm", lambda c, a, b, **k: (sizes.append(c.size * a.size * b.size), addmm(c, a, b, **k))[1]
+        mx, "addmm", lambda c, a, b, **k: (products.append(c.size * a.size * b.size), addmm(c, a, b, **k))[1]
     )
     monkeypatch.setattr(
-        feedback._BlockedRounder, "_round", lambda *a: (sizes.append(a[2] is None or a[2].size), kept(*a))
+        feedback._BlockedRounder, "_round", lambda *a: (rounds.append(a[2] is None or a[2].size), kept(*a))
     )
     weights, h, g, base, update = layers(1, Quantization(4, 64))
     engine = MlxEngine()
     feedback.calibrated(
         weights, mx.array(h), Quantization(4, 64), mx.bfloat16, base, mx.array(g), update=update, engine=engine
     )
-    assert len(sizes) > 20 and all(sizes)
+    assert products and len(rounds) > 1 and all(products + rounds)  # a GPU rounds more at once: how many are its own
 
 
 def test_a_matrix_that_is_not_positive_definite_is_damped_until_it_is():
