@@ -161,7 +161,8 @@ class Stages:
         for index in range(count - 1, c.first - 1, -1):
             c.backward.prepare(index)
             moments, cotangents = self._block(index, cotangents)
-            yield index, self._known(moments)
+            moments = self._known(moments)  # (whoever takes them is the last to hold them)
+            yield index, moments
             c.backward.release(index)
         if c.paths & set(c.backward.layer_paths(count)):
             self._input_embedding(held_back, cotangents)

@@ -5,7 +5,7 @@ x_proj once for each token), rows count that have a gradient: padding has none.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -120,7 +120,6 @@ class ExpertMoments:
     def of(self, start: int, stop: int) -> Moments:
         """The moments of experts start…stop."""
         if self._pooled is None:
-            self._join_calls()
             plain, fisher = self._sums(0, self.experts)
             total = max(int(self.tokens.sum()), 1)
             self._pooled = plain / total, fisher / total
@@ -132,26 +131,38 @@ class ExpertMoments:
         plain, fisher = (mx.stack(parts) for parts in zip(*sums, strict=True))
         return Moments(plain, fisher, tokens=self.tokens[start:stop])
 
-    def _join_calls(self) -> None:
-        """Make one of all calls: an expert's tokens are then gathered at once."""
-        inputs, rows, chosen, weights = zip(*self._calls, strict=True)
-        before = np.cumsum([0, *(len(x) for x in inputs)])
-        at = np.concatenate([part + first for part, first in zip(rows, before, strict=False)])
-        self._calls = [(mx.concatenate(inputs), at, np.concatenate(chosen), mx.concatenate(weights))]
-
     def _sums(self, start: int, stop: int) -> tuple[mx.array, mx.array]:
         """Σ x xᵀ and Σ |g|² x xᵀ over what experts start…stop saw."""
         width = self._calls[0][0].shape[-1]
         plain, fisher = mx.zeros((width, width)), mx.zeros((width, width))
+        for seen, weights in self._seen(start, stop):
+            plain, fisher = plain + gram(seen), fisher + gram(seen * weights)
+            if stop - start > 1:
+                mx.eval(plain, fisher)
+        return plain, fisher
+
+    def _seen(self, start: int, stop: int) -> Iterator[tuple[mx.array, mx.array]]:
+        """Inputs (pairs, in) of experts start…stop and their weights (pairs, 1): few at once, many in parts.
+
+        What a call was given is not copied for it: gate and up share that.
+        """
+        parts: list[tuple[mx.array, mx.array]] = []
         for x, rows, chosen, weights in self._calls:
             some = np.flatnonzero((start <= chosen) & (chosen < stop))
             for a in range(0, len(some), MOST_ROWS):
                 pairs = some[a : a + MOST_ROWS]
-                seen = x[mx.array(rows[pairs].astype(np.int32))]  # (pairs, in)
-                plain, fisher = plain + gram(seen), fisher + gram(seen * weights[mx.array(pairs.astype(np.int32))])
-                if len(some) > MOST_ROWS:
-                    mx.eval(plain, fisher)
-        return plain, fisher
+                at, own = mx.array(rows[pairs].astype(np.int32)), mx.array(pairs.astype(np.int32))
+                if sum(len(seen) for seen, _ in parts) + len(pairs) > MOST_ROWS:
+                    yield _joined(parts)
+                    parts = []
+                parts.append((x[at], weights[own]))
+        if parts:
+            yield _joined(parts)
+
+
+def _joined(parts: list[tuple[mx.array, mx.array]]) -> tuple[mx.array, mx.array]:
+    seen, weights = (mx.concatenate(some) for some in zip(*parts, strict=True))
+    return seen, weights
 
 
 def fits(seen: Seen, shape: tuple[int, ...]) -> bool:

@@ -13,7 +13,7 @@ import numpy as np
 from mlx_adapters.rounding.grids import identity_of, to_numpy
 from mlx_adapters.rounding.kernel_texts import source
 from mlx_adapters.rounding.kernels import problem
-from mlx_adapters.system.gpu_kernels import build, language
+from mlx_adapters.system.gpu_kernels import build_best, language
 
 Panels = Callable[[mx.array, bool], tuple[mx.array, mx.array]]  # see `panels`
 PANEL, BLOCK = 64, 512  # columns that are made at once: in a kernel, and before what is left of a large matrix is
@@ -58,7 +58,7 @@ if (row < size) {
 
 @cache
 def _kernel() -> Callable[..., list[mx.array]]:
-    return build("panels", ["matrices", "factored"], ["factor", "inverse"], source(language(), TEXT), "")
+    return build_best("panels", ["matrices", "factored"], ["factor", "inverse"], source(language(), TEXT), "")
 
 
 def panels(matrices: mx.array, factored: bool) -> tuple[mx.array, mx.array]:

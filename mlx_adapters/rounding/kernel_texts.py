@@ -27,7 +27,8 @@ WORDS = {
         "FUNCTION": "__device__ inline",
         "TO_BITS": "__float_as_uint",
         "FROM_BITS": "__uint_as_float",
-        "HALF_OF_X": "__half2float(__float2half_rn(x))",
+        "HALF_OF_X": '[](float y) { unsigned short h; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(y)); '
+        'asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(h)); return y; }(x)',  # (without CUDA's headers)
         "UNROLL": '_Pragma("unroll 16")',
     },
     "metal": {

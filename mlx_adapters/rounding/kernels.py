@@ -17,7 +17,7 @@ from mlx_adapters.rounding.columns import again as plain_again
 from mlx_adapters.rounding.columns import forward as plain_forward
 from mlx_adapters.rounding.grids import SHRINKS, AffineGrid, FloatGrid, Grid, make_grid
 from mlx_adapters.rounding.kernel_texts import HEADER, TEXTS, source
-from mlx_adapters.system.gpu_kernels import build, language
+from mlx_adapters.system.gpu_kernels import build_best, language
 
 LANES, ROWS = 32, 8  # of a threadgroup: rows lie beside each other in memory, and are read together
 STEP = 512  # columns whose groups one call rounds: a call costs as much as their arithmetic
@@ -28,7 +28,7 @@ STORED = {mx.float32: 0, mx.bfloat16: 1, mx.float16: 2}
 @cache
 def _built(name: str) -> Callable[..., list[mx.array]]:
     text, own = TEXTS[name], language()
-    return build(f"round_{name}", text.inputs, text.outputs, source(own, text.body), source(own, HEADER))
+    return build_best(f"round_{name}", text.inputs, text.outputs, source(own, text.body), source(own, HEADER))
 
 
 def _call(name: str, group: int, most: int, inputs: list[mx.array], **constants: int) -> list[mx.array]:

@@ -9,10 +9,10 @@ import functools
 import resource
 from collections.abc import Iterator
 
-from mlx_adapters.system.machine import memory_bytes, on_gpu
+from mlx_adapters.system.machine import on_gpu, usable_memory_bytes
 from mlx_adapters.units import count
 
-CACHED = 8 << 30  # bytes, and at most a quarter of the memory: a gigabyte taken anew costs a GPU 0.1 s
+CACHED = 4  # at most one such part of the memory: a gigabyte taken anew costs a GPU 0.1 s
 MOST_FILES = 10_240  # macOS refuses more, also where the hard limit is "unlimited"
 
 
@@ -65,7 +65,8 @@ def trim_cache() -> None:
     """Give back what MLX holds for its next arrays, if it is much (on a CPU it holds nothing)."""
     import mlx.core as mx
 
-    if mx.get_cache_memory() > min(CACHED, memory_bytes() // 4):
+    kept = mx.get_cache_memory()
+    if kept and kept > usable_memory_bytes() // CACHED:
         mx.clear_cache()
 
 

@@ -1,5 +1,7 @@
 """Moments of experts: their own tokens, shrunk towards what all saw, a few experts at a time."""
 
+import gc
+import weakref
 from dataclasses import asdict, replace
 
 import mlx.core as mx
@@ -82,16 +84,44 @@ def test_moments_of_experts_are_theirs_shrunk_towards_what_all_saw(layer_and_pai
     np.testing.assert_array_equal(parts[1].tokens, layer.tokens[2:])
 
 
-def test_gate_and_up_keep_one_copy_of_what_they_see(layer_and_pairs):
-    layer, _ = layer_and_pairs
-    other, x = ExpertMoments(EXPERTS), mx.zeros((TOKENS, 1, WIDTH))
+def test_gate_and_up_keep_one_copy_of_what_they_see():
+    gate, up = ExpertMoments(EXPERTS), ExpertMoments(EXPERTS)
+    given = [mx.full((TOKENS, 1, WIDTH), i) for i in range(2)]
     indices, g = mx.zeros((TOKENS,), mx.uint32), mx.ones((TOKENS, 1, OUT))
-    mx.eval(x, indices, g)
+    mx.eval(given, indices, g)
     before = mx.get_active_memory()
-    for one in (layer, other):
-        one.add(Seen(x, indices, g))
-    mx.eval(x)
-    assert mx.get_active_memory() - before < x.nbytes + 4 * TOKENS * 8
+    for x in given:
+        for one in (gate, up):
+            one.add(Seen(x, indices, g))
+    weights = 4 * (4 * TOKENS + 32)
+    assert mx.get_active_memory() - before <= weights
+    for one in (gate, up):
+        mx.eval(one.of(0, EXPERTS).plain)
+    mx.synchronize()
+    pooled = 2 * 2 * 4 * WIDTH * WIDTH  # is kept
+    assert mx.get_active_memory() - before <= weights + pooled
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mixtral"])
+def test_what_a_block_has_told_is_gone_when_the_next_is_asked(tiny_model, tmp_path, architecture):
+    folder = tiny_model(architecture, bits=4)
+    base, updates = resolve_base(folder), Updates(((visible_adapter(folder), 1.0),))
+    pair, seen, held = (BlockwiseModel(base, updates), BlockwiseModel(base, updates)), [], []
+    add = Collector.add
+
+    def counted(collector, *arguments):
+        gc.collect()
+        held.append(sum(one() is not None for one in seen))
+        return add(collector, *arguments)
+
+    collector = Collector(*pair, updates.paths(), make_batches(some_rows()), tmp_path)
+    collector.add = counted.__get__(collector)
+    for _, block in collector.run():
+        while block:
+            _, moments_of_one = block.popitem()
+            seen.append(weakref.ref(moments_of_one))
+            del moments_of_one
+    assert len(seen) > 8 and not any(held)
 
 
 def test_a_mixture_of_moments_is_one_of_traces():

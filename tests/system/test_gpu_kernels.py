@@ -89,6 +89,29 @@ def test_metal_has_one_way(monkeypatch):
     assert gpu_kernels.ways() == [gpu_kernels.build]
 
 
+@pytest.mark.parametrize("fails", ["when built", "when called", "never", "everywhere"])
+def test_a_kernel_is_built_by_the_first_way_that_compiles_it(monkeypatch, fails):
+    built = []
+
+    def refused(*_, **__):
+        raise OSError("MLX has loaded no libnvrtc") if fails == "when built" else RuntimeError("nvrtc: error")
+
+    def quick(*arguments):
+        return refused() if fails == "when built" else built.append("quick") or call_of("quick")
+
+    def call_of(way):
+        return refused if fails == "everywhere" or (fails, way) == ("when called", "quick") else lambda **given: way
+
+    monkeypatch.setattr(gpu_kernels, "ways", lambda: [quick, lambda *_: built.append("slow") or call_of("slow")])
+    kernel = gpu_kernels.build_best("add", ["x"], ["out"], "", "")
+    if fails == "everywhere":
+        with pytest.raises(RuntimeError, match="nvrtc: error"):
+            kernel(inputs=[])
+    else:
+        assert [kernel(inputs=[]), kernel(inputs=[])] == 2 * ["quick" if fails == "never" else "slow"]
+    assert len(built) == (2 if fails in ("when called", "everywhere") else 1)
+
+
 def test_a_compiled_function_computes_what_it_says_whoever_called_others_before():
     def answer():
         return held[0](mx.ones(2)).tolist()

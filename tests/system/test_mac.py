@@ -124,6 +124,16 @@ def test_what_a_step_needs_is_measured_with_a_gpu_that_does_not_run_ahead(gpu, m
     assert limits_set == [1, 96 * GB] * gpu
 
 
+@pytest.mark.parametrize(("kept", "cleared"), [(0, 0), (3 * GB, 0), (5 * GB, 1)])
+def test_at_most_a_quarter_of_the_memory_is_kept_for_what_comes_next(monkeypatch, kept, cleared):
+    calls = []
+    monkeypatch.setattr(limits, "usable_memory_bytes", lambda: 16 * GB)
+    monkeypatch.setattr(mx, "get_cache_memory", lambda: kept)
+    monkeypatch.setattr(mx, "clear_cache", lambda: calls.append(1))
+    limits.trim_cache()
+    assert len(calls) == cleared
+
+
 def test_without_metal_nothing_is_wired(monkeypatch):
     monkeypatch.setattr(mx, "set_wired_limit", lambda _: pytest.fail("there is no Metal"))
     monkeypatch.setattr(mx.metal, "is_available", lambda: False)
