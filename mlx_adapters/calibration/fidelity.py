@@ -176,6 +176,8 @@ def measure_fidelity(
                 _judge(tally, logs[reference], log, targets)
             done += positions.shape[0]
             trim_cache()
+    for model in models:
+        model.release(outside)  # (embedding and head are large)
     return _summary(tallies, models.index(fused), reference, base is not None, batches)
 
 

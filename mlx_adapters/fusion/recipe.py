@@ -17,6 +17,7 @@ from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.sources.lookup import load_adapter
 from mlx_adapters.storage import files, paths
 from mlx_adapters.storage.replacing import NOTHING, Output
+from mlx_adapters.storage.temporaries import flush_path
 from mlx_adapters.storage.tensor_names import FUSE_RECIPE_FILE, REPORT_FILE
 
 WEIGHT_FILES = ("model*.safetensors", OTHER_FILE, "*.gguf")
@@ -77,9 +78,12 @@ def _seen(template: TemplateConfig) -> dict[str, Any]:
 
 
 def weights_sha256(folder: Path) -> dict[str, str]:
-    """SHA-256 of each weight file."""
-    weight_files = [path for pattern in WEIGHT_FILES for path in paths.visible(folder, pattern)]
-    return {path.name: files.sha256(path) for path in weight_files}
+    """SHA-256 of each weight file, which then is on the disk and not on its way there: the folder is soon flushed."""
+    hashes: dict[str, str] = {}
+    for path in (path for pattern in WEIGHT_FILES for path in paths.visible(folder, pattern)):
+        hashes[path.name] = files.sha256(path)
+        flush_path(path, platter=False)
+    return hashes
 
 
 def earlier_output(out: Path) -> Output:

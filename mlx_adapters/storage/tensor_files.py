@@ -24,7 +24,8 @@ from mlx_adapters.storage.replacing import stat_of
 from mlx_adapters.storage.tensor_names import ADAPTER_FILE, CHECKPOINT_FILE, checkpoint_file
 
 BLOCK = 16 << 20  # bytes copied at once
-HASHED_LATER = 32  # tensors that may wait, written, for their hash
+HASHED_LATER, WRITTEN_LATER = 32, 3  # tensors that may wait, for their hash and (a layer's) for the disk
+LARGE = 1 << 20  # bytes that another thread writes
 DTYPES = {
     "float32": "F32",
     "float16": "F16",
@@ -86,8 +87,8 @@ def stream_safetensors(
 ) -> str:
     """Write a safetensors file whose arrays are produced one by one, in the order of `layout`.
 
-    `layout` holds (name, dtype as in "bfloat16", shape) and must be known beforehand; `arrays` may be a
-    generator: one array at a time is in memory. Returns the file's SHA-256 if `hashed`, else "".
+    `layout` holds (name, dtype as in "bfloat16", shape) and must be known beforehand; `arrays` may be a generator: one
+    array is in memory, and the one before it on its way to the disk. Returns the file's SHA-256 if `hashed`, else "".
     """
     layout = list(layout)
     header: dict[str, Any] = {"__metadata__": dict(sorted((metadata or {"format": "mlx"}).items()))}
@@ -98,16 +99,21 @@ def stream_safetensors(
         header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [offset, offset + size]}
         offset += size
     frame = _frame(header)
-    with atomic_file(path) as stream, ThreadPoolExecutor(1) as worker:
+    with atomic_file(path) as stream, ThreadPoolExecutor(1) as hasher, ThreadPoolExecutor(1) as writer:
         digest = hashlib.sha256()
-        hashing: deque[Future[None]] = deque()
+        hashing, writing = deque[Future[None]](), deque[Future[int]]()
 
         def write(data: bytes | memoryview) -> None:
             if hashed:  # beside the writing, which takes as long
-                hashing.append(worker.submit(digest.update, data))
+                hashing.append(hasher.submit(digest.update, data))
                 if len(hashing) > HASHED_LATER:
                     hashing.popleft().result()
-            stream.write(data)
+            if writing or len(data) > LARGE:  # beside what makes the next one
+                writing.append(writer.submit(stream.write, data))
+                if len(writing) > WRITTEN_LATER:
+                    writing.popleft().result()
+            else:
+                stream.write(data)
 
         write(frame)
         for (name, dtype, shape), array in zip(layout, arrays, strict=True):
@@ -115,8 +121,8 @@ def stream_safetensors(
             if tuple(array.shape) != tuple(shape) or (made != dtype and (made, dtype) != ("uint16", "bfloat16")):
                 raise ValueError(f"{name}: promised {dtype} {shape}, got {array.dtype} {array.shape}")
             write(raw_bytes(array))
-        for hashed_one in hashing:
-            hashed_one.result()
+        for each in (*hashing, *writing):
+            each.result()
     return digest.hexdigest() if hashed else ""
 
 

@@ -1,9 +1,13 @@
 """Safetensors files from strangers: what is read lies in the file, each byte once."""
 
+import contextlib
 import errno
+import hashlib
+import io
 import json
 import os
 import struct
+from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
@@ -119,3 +123,34 @@ def test_a_pipe_is_not_waited_for(tmp_path):
     for look in (read_safetensors_header, glance_at_safetensors):
         with pytest.raises(FormatError, match="is a pipe"):
             look(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("hashed", [False, True])
+def test_large_tensors_and_small_ones_come_in_their_order_and_a_disk_that_refuses_is_heard(
+    tmp_path, monkeypatch, hashed
+):
+    monkeypatch.setattr(tensor_files, "LARGE", 40)
+    tensors = {f"{i:02d}": mx.full((7 + 5 * (i % 3),), i, mx.float32) for i in range(12)}  # 28, 48 or 68 bytes
+    layout = [(name, "float32", tensor.shape) for name, tensor in tensors.items()]
+
+    def stream(path):
+        return tensor_files.stream_safetensors(path, layout, iter(tensors.values()), hashed=hashed)
+
+    digest, data = stream(tmp_path / "whole"), (tmp_path / "whole").read_bytes()
+    assert digest == (hashlib.sha256(data).hexdigest() if hashed else "")
+    assert all(mx.array_equal(tensor, tensors[name]) for name, tensor in read_safetensors(tmp_path / "whole").items())
+    small = io.BytesIO()
+
+    def write_some(piece):
+        if small.tell() + len(piece) == len(data):  # the last one
+            raise OSError(errno.ENOSPC, "full")
+        return small.write(piece)
+
+    @contextlib.contextmanager
+    def small_disk(path):
+        yield SimpleNamespace(write=write_some)
+
+    monkeypatch.setattr(tensor_files, "atomic_file", small_disk)
+    with pytest.raises(OSError, match="full"):
+        stream(tmp_path / "refused")
+    assert data.startswith(small.getvalue()) and len(small.getvalue()) == len(data) - 68
