@@ -101,7 +101,7 @@ def stream_safetensors(
     frame = _frame(header)
     with atomic_file(path) as stream, ThreadPoolExecutor(1) as hasher, ThreadPoolExecutor(1) as writer:
         digest = hashlib.sha256()
-        hashing, writing = deque[Future[None]](), deque[Future[int]]()
+        hashing, writing = deque[Future[Any]](), deque[Future[Any]]()
 
         def write(data: bytes | memoryview) -> None:
             if hashed:  # beside the writing, which takes as long
