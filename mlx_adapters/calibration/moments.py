@@ -4,6 +4,7 @@ A layer is mostly called once for a whole batch, with a row for each token. Wher
 x_proj once for each token), rows count that have a gradient: padding has none.
 """
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,15 +20,25 @@ FISHER_POWER = 0.75  # of |g|²: under the whole of it a few tokens decide, and 
 MOST_OUTPUTS = 16384  # a vocabulary's would not fit
 SHRINKAGE = 0.125  # tokens of the whole layer for each input of an expert
 SMALL = 1 << 27  # bytes
+WIDE, STRIPS = 4096, 4  # columns from which a GPU computes half of a product in so many strips
 MOST_ROWS = 8192  # pairs of token and expert that are multiplied at once
 
 
 def gram(rows: mx.array) -> mx.array:
-    """rowsᵀ rows. On a CPU by NumPy, which computes half of it and mirrors that."""
-    if on_gpu():
+    """rowsᵀ rows (width, width) of rows (n, width): half of it is computed, and mirrored; on a CPU by NumPy."""
+    if not on_gpu():
+        array = as_numpy(rows)
+        return mx.array(array.T @ array)
+    width = rows.shape[-1]
+    if width < WIDE:
         return rows.T @ rows
-    array = as_numpy(rows)
-    return mx.array(array.T @ array)
+    edges = [width * i // STRIPS for i in range(STRIPS + 1)]
+    strips = [rows[:, a:b].T @ rows[:, a:] for a, b in itertools.pairwise(edges)]  # (width / STRIPS, width - a)
+    whole = list[mx.array]()
+    for i, strip in enumerate(strips):
+        mirrored = [strips[j][:, edges[i] - edges[j] : edges[i + 1] - edges[j]].T for j in range(i)]
+        whole.append(mx.concatenate([*mirrored, strip], axis=1))
+    return mx.concatenate(whole)
 
 
 def _begin(*arrays: mx.array) -> None:

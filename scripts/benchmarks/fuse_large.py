@@ -1,20 +1,23 @@
-"""Calibrated fusing of a model as wide as large ones: time for each block, and peak memory.
+"""Fusing of models as wide as large ones: seconds and memory, and how far what comes out is from the adapter model.
 
-    python scripts/benchmarks/fuse_large.py --blocks 8                     # widths of a 7B llama, random weights
-    python scripts/benchmarks/fuse_large.py --shape 30b-a3b --blocks 1     # of a mixture of 128 experts
-    python scripts/benchmarks/fuse_large.py --blocks 2 --methods calibrated mlx_lm.fuse gptq   # beside mlx-lm's
+    python scripts/benchmarks/fuse_large.py --blocks 32                    # a whole 7B llama's shape, random weights
+    python scripts/benchmarks/fuse_large.py --shape 30b-a3b --blocks 4 --apart      # blocks of a mixture of 128 experts
+    python scripts/benchmarks/fuse_large.py --blocks 4 --methods calibrated gptq mlx_lm.fuse nearest   # beside mlx-lm's
     python scripts/benchmarks/fuse_large.py --tiny                         # the same way in seconds, to try it
 
 The model is quantized to 4 bits (group 64) and gets a random rank-8 adapter on all linear layers and experts; the text
 is the one that the package carries. `mlx_lm.fuse` is the command, `gptq` is mlx_lm.gptq's function on the fused model,
-on the same rows, without the time that it takes to fuse and load that; KL is measured alike for all. Cost is linear in
-blocks but for the start and the check's head, so that blocks that were not run can be extrapolated from two runs: a 7B
-llama has 32, Qwen3-30B-A3B 48.
+on the same rows, without the time that it takes to fuse and load that; KL is measured alike for all. A line of JSON for
+each method and at last a table, in which the whole model (a 7B llama has 32 blocks, Qwen3-30B-A3B 48) is extrapolated
+where it did not run: all seconds as if blocks took them. `--apart` fuses a model of one block twice before, which tells
+what a process does once and what a fuse does once from what a block takes.
 """
 
 import argparse
+import contextlib
 import gc
 import json
+import shutil
 import sys
 import tempfile
 import time
@@ -40,6 +43,7 @@ from mlx_adapters.models.loading import load_module, load_tokenizer_of
 from mlx_adapters.models.metadata import AdapterConfig
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.system.conditions import peak_resident_bytes
+from mlx_adapters.system.machine import performance_cores
 
 SEVEN = {
     "model_type": "llama",
@@ -64,6 +68,7 @@ MIXTURE = {
     "max_position_embeddings": 4096,
 }
 SHAPES = {"7b": SEVEN, "30b-a3b": MIXTURE}
+WHOLE = {"7b": 32, "30b-a3b": 48}  # blocks
 
 
 def build(folder: Path, config: dict, dtype: mx.Dtype) -> None:
@@ -110,33 +115,91 @@ def main():
     parser.add_argument("--blocks", type=int, default=8)
     parser.add_argument("--methods", nargs="*", default=["nearest", "calibrated"], choices=WAYS)
     parser.add_argument("--rows", type=int, default=64, help="calibration rows")
+    parser.add_argument("--apart", action="store_true", help="a model of one block first, twice")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--work", type=Path, help="where to put the models [a temporary folder]")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    config = {"num_hidden_layers": options.blocks} | SHAPES[options.shape]
-    if options.tiny:
-        config = {k: config[k] for k in ("num_hidden_layers", "model_type")} | {"vocab_size": 512}
+    report = {"device": str(mx.device_info().get("device_name", "cpu")), "blocks": options.blocks}
     with tempfile.TemporaryDirectory(dir=options.work) as work:
-        base = Path(work) / "base"
-        build(base, config, mx.float32 if options.tiny else mx.bfloat16)
-        adapter = random_adapter(base)
-        mx.clear_cache()
-        report = {"device": str(mx.device_info().get("device_name", "cpu")), "blocks": options.blocks}
+        models = {
+            count: made(Path(work), options, count) for count in {options.blocks} | ({1} if options.apart else set())
+        }
         for method in options.methods:
-            gc.collect()  # the random model is a cycle
-            mx.clear_cache()
-            mx.reset_peak_memory()
-            seconds, figures = WAYS[method](base, adapter, Path(work) / method, method, options.rows)
-            report[method] = {
-                "seconds": seconds,
-                "seconds_per_block": seconds / options.blocks,
-                "peak_mlx_bytes": mx.get_peak_memory(),
-                "peak_resident_bytes": peak_resident_bytes(),
-            } | figures
+            once = [run(method, *models[1], Path(work), options.rows)["seconds"] for _ in range(2 * options.apart)]
+            report[method] = run(method, *models[options.blocks], Path(work), options.rows)
+            report[method] |= apart(report[method]["seconds"], options.blocks, WHOLE[options.shape], *once)
             print(json.dumps({method: report[method]}), flush=True)
             if options.json:
                 options.json.write_text(json.dumps(report, indent=1))
+    table(report, options)
+
+
+def made(work, options, blocks):
+    """(base, adapter) of so many blocks."""
+    config = {"num_hidden_layers": blocks} | SHAPES[options.shape]
+    if options.tiny:
+        config = {k: config[k] for k in ("num_hidden_layers", "model_type")} | {"vocab_size": 512}
+    base = work / f"base-{blocks}"
+    build(base, config, mx.float32 if options.tiny else mx.bfloat16)
+    return base, random_adapter(base)
+
+
+def run(method, base, adapter, work, rows):
+    """Seconds, figures and peaks of one fuse."""
+    gc.collect()  # the random model is a cycle
+    mx.clear_cache()
+    forget_peaks()
+    out = work / f"{method}-{base.name}"
+    seconds, figures = WAYS[method](base, adapter, out, method, rows)
+    shutil.rmtree(out)
+    return {"seconds": seconds} | figures
+
+
+def forget_peaks():
+    """Begin anew."""
+    mx.reset_peak_memory()
+    with contextlib.suppress(OSError):  # of the process: where Linux allows it
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peaks_now():
+    """The most memory since the run began."""
+    return {"peak_mlx_bytes": mx.get_peak_memory(), "peak_resident_bytes": peak_resident_bytes()}
+
+
+def apart(seconds, blocks, whole, first=None, again=None):
+    """What a block takes, and what so many would: extrapolated by what two runs of one block took, the first in the
+    process and another, or as if all seconds were blocks'."""
+    each = seconds / blocks if again is None or blocks == 1 else (seconds - again) / (blocks - 1)
+    found = {"seconds_per_block": each, "whole_seconds": seconds + (whole - blocks) * each}
+    if again is not None:
+        found |= {"once_a_process": first - again, "once_a_fuse": again - each}
+        found["whole_seconds"] += first - again  # (the first run's, not this one's)
+    return found
+
+
+def table(report, options):
+    """Print all methods side by side."""
+    whole, blocks = WHOLE[options.shape], options.blocks
+    of_whole = "" if whole == blocks else f" (extrapolated from {blocks})"
+    where = "tiny" if options.tiny else options.shape
+    print(f"\n{report['device']}, {performance_cores()} cores, {where}, {options.rows} rows\n")
+    columns = "KL", "same top", "seconds", "a block", f"{whole} blocks{of_whole}", "MLX memory", "process memory"
+    print("| |", " | ".join(columns), "|\n| --- |", " | ".join(["---:"] * len(columns)), "|")
+    for method in options.methods:
+        r = report[method]
+        kl = f"{r['kl']:.6f} | {r['same_top']:.3f}" if "kl" in r else " | "
+        spans = (f"{r[name]:.1f}" for name in ("seconds", "seconds_per_block", "whole_seconds"))
+        peaks = (f"{r[name] / 1e9:.2f} GB" for name in ("peak_mlx_bytes", "peak_resident_bytes"))
+        print(f"| {method} | {kl} |", " | ".join([*spans, *peaks]), "|")
+    for method in options.methods if options.apart else ():
+        r = report[method]
+        print(f"\n{method}: {r['once_a_process']:.1f} s once a process, {r['once_a_fuse']:.1f} s once a fuse")
+    if {"calibrated", "gptq"} <= set(options.methods):
+        ours, its = report["calibrated"], report["gptq"]
+        kl, seconds = its["kl"] / ours["kl"], its["whole_seconds"] / ours["whole_seconds"]
+        print(f"\ngptq / calibrated: KL {kl:.1f}, seconds of {whole} blocks {seconds:.1f}")
 
 
 def ours(base, adapter, out, method, rows):
@@ -152,9 +215,11 @@ def ours(base, adapter, out, method, rows):
         options=FuseOptions(method=method, calibration_rows=rows, check=method == "calibrated"),
     )
     seconds, fidelity = time.perf_counter() - start, result.fidelity
-    figures = {"bits_per_weight": result.bits_per_weight, "model_bytes": result.size_bytes}
+    figures = peaks_now() | {"bits_per_weight": result.bits_per_weight, "model_bytes": result.size_bytes}
     if fidelity:
         figures |= {"kl": fidelity.kl_mean, "same_top": fidelity.same_top, "base_kl": fidelity.base_kl}
+    else:
+        figures |= judged(base, adapter, out, rows)
     return seconds, figures
 
 
@@ -167,23 +232,24 @@ def gptq(base, adapter, out, method, rows):
     ma.fuse(base, adapter, dense, quantization="none", dtype="bfloat16", any_base=True, options=plain)
     loaded, data = fuse_ways._dense(str(dense), None, rows)
     mx.eval(loaded.module.parameters())
-    mx.reset_peak_memory()
+    forget_peaks()
     start = time.perf_counter()
     module, quantization = gptq_quantize(loaded.module, fuse_ways._pieces(data), 4, 64, 4, 64)
     mx.eval(module.parameters())
-    seconds, peak = time.perf_counter() - start, mx.get_peak_memory()
+    seconds, peaks = time.perf_counter() - start, peaks_now()
     fuse_ways._save(loaded.base, module, {**loaded.config, "quantization": quantization}, str(out))
     del module, loaded
-    return seconds, {"quantize_peak_mlx_bytes": peak} | judged(base, adapter, out, rows)
+    shutil.rmtree(dense)
+    return seconds, peaks | judged(base, adapter, out, rows)
 
 
 def mlx_lm_fuse(base, adapter, out, method, rows):
     """(seconds, figures) of the command `mlx_lm.fuse`."""
-    folder = write_adapter(adapter, out.with_name("adapter"))
+    folder = write_adapter(adapter, out.with_name(f"adapter-{out.name}"), overwrite=True)
     start = time.perf_counter()
     fuse_ways.mlx_lm_fuse(str(base), str(folder), str(out))
-    seconds, peak = time.perf_counter() - start, mx.get_peak_memory()
-    return seconds, {"quantize_peak_mlx_bytes": peak} | judged(base, adapter, out, rows)
+    seconds, peaks = time.perf_counter() - start, peaks_now()
+    return seconds, peaks | judged(base, adapter, out, rows)
 
 
 def judged(base, adapter, out, rows):

@@ -299,3 +299,13 @@ def test_outputs_count_as_much_as_their_inputs_are_large():
         seen.add_outputs(x[some], g[some])
     wanted = sum(np.square(a).mean() * np.outer(b, b) for a, b in zip(np.array(x), np.array(g), strict=True))
     np.testing.assert_allclose(np.array(seen.outputs), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("width", [3, 8, 9, 23])
+def test_half_of_a_wide_product_is_computed_and_mirrored(monkeypatch, width):
+    monkeypatch.setattr(moments, "on_gpu", lambda: True)
+    monkeypatch.setattr(moments, "WIDE", 8)
+    rows = mx.random.normal((5, width), key=mx.random.key(width))
+    found = np.array(moments.gram(rows))
+    np.testing.assert_allclose(found, np.array(rows).T @ np.array(rows), rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(found, found.T)
