@@ -84,6 +84,15 @@ def test_what_is_wrong_in_a_config_is_named(tmp_path, text, why):
     assert why in f"{ended.exception.message} {ended.exception.hint}"
 
 
+@pytest.mark.parametrize(
+    "text", [BOMB, BOMB + "base: demo\nlora: {rank: *h}", "a: &a [*a]"], ids=["deep", "used", "endless"]
+)
+def test_a_value_that_would_fill_the_memory_is_refused_as_it_is_read(tmp_path, text):
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(ConfigError, match="holds more than 100,000 values"):
+        read_yaml(tmp_path / "config.yaml")
+
+
 def test_numbers_of_a_config_keep_their_values():
     assert from_mapping(LoraConfig, {"scale": 10**30}).scale == 1e30
     with pytest.raises(ConfigError, match=r"cannot be \['x', 'x'"):

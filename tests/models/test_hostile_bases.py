@@ -217,10 +217,10 @@ def test_code_of_the_folder_never_runs_even_after_a_yes(broken, monkeypatch, tmp
     folder = broken("tokenizer_config.json", **settings)
     ran, auto = tmp_path / "ran", {"AutoConfig": "code.T"}
     (folder / "code.py").write_text(f"open({str(ran)!r}, 'w')\nclass T: pass\n")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"auto_map": auto, "model_file": "code.py"}))
+    config = json.loads((folder / "config.json").read_text()) | {"auto_map": auto}
     monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 9))
-    for load in (load_tokenizer_of, load_module):
+    for load, more in ((load_tokenizer_of, {}), (load_module, {"model_file": "code.py"})):
+        (folder / "config.json").write_text(json.dumps(config | more))
         with contextlib.suppress(AdapterError):  # or a class that transformers has
             load(resolve_base(folder))
     assert not ran.exists() and sys.stdin.read() == "y\n" * 9

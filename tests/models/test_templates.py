@@ -65,6 +65,16 @@ def test_the_reason_is_said(model, quick, monkeypatch, template, why):
     assert why in refused.value.message and "\n" not in refused.value.message
 
 
+def test_memory_ends_a_rendering_long_before_its_time_is_over(monkeypatch):
+    """It would end by itself, in a second."""
+    peaks = iter(range(0, 10**15, 2 * templates.MEMORY_BYTES))  # at each look it has grown
+    monkeypatch.setattr(templates, "_peak_bytes", lambda: next(peaks))
+    monkeypatch.setattr(templates, "SECONDS", 600.0)
+    slow = "{% for i in range(20000) %}{% for j in range(1000) %}{% endfor %}{% endfor %}"
+    with pytest.raises(templates.LimitError, match="or 1 GB"):
+        templates.Bounded().from_string(slow).render()
+
+
 def test_an_ended_rendering_leaves_nothing_behind(model, quick, monkeypatch):
     """The exception goes to the rendering and to its thread, and to nobody afterwards."""
     good, same = model.encode("hi"), []
