@@ -5,14 +5,20 @@ loss are added up, so the update is that of one process with the whole batch. On
 run's folder; what the others need from it is sent to them.
 
 Before the first step they meet in `gather` alone, and one that fails comes there with its error: so all end with it.
+On GPUs a sum waits for ever for a process that is gone; `Peers` tells before.
 """
 
 import contextlib
+import hmac
 import json
+import logging
 import os
+import secrets
 import socket
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +33,11 @@ from mlx_adapters.system.door import mx
 LAUNCHED = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 SIZES = ("MLX_WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 LISTS = ("MLX_HOSTFILE", "MLX_IBV_DEVICES")  # files with an entry for each process
+WAITING = ("NCCL_HOST_IP", "MLX_JACCL_COORDINATOR")  # rank 0's address, where a sum waits for a process that is gone
+HERE, SILENCE, REACHED = b".", 10.0, 60.0  # what all say when they meet; seconds in a sum, and to reach rank 0
+KEEP_ALIVE = {"SO_KEEPALIVE": 1, "TCP_KEEPIDLE": 10, "TCP_KEEPALIVE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
+
+log = logging.getLogger("mlx_adapters.optimization.distributed")
 
 
 class LostPeerError(Exception):
@@ -41,26 +52,105 @@ class _FailedError(Exception):
         self.error = error
 
 
+class Peers:
+    """Connections that end when a process does: rank 0 has one to each, the others have one to it.
+
+    All meet before each sum, so that none begins it without the others. One that is lost within the sum itself,
+    milliseconds, leaves the others in it, where nothing can be saved: there `lost` ends them.
+    """
+
+    def __init__(self, connections: Sequence[socket.socket], leads: bool, silence: float = SILENCE) -> None:
+        self.connections, self.leads, self.silence = list(connections), leads, silence
+        self.lost: Callable[[], Any] = _end
+        self._since: float | None = None
+        for connection in self.connections:
+            connection.settimeout(None)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            for name in (name for name in KEEP_ALIVE if hasattr(socket, name)):  # a host without power says nothing
+                level = socket.SOL_SOCKET if name.startswith("SO_") else socket.IPPROTO_TCP
+                connection.setsockopt(level, getattr(socket, name), KEEP_ALIVE[name])
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def meet(self) -> None:
+        """Wait until all are here. Raises LostPeerError, on all, if one is gone."""
+        try:
+            for answering in (False, True):
+                for connection in self.connections:
+                    if answering == self.leads:
+                        connection.sendall(HERE)
+                    elif connection.recv(1) != HERE:
+                        raise OSError("closed")
+        except OSError as error:
+            self.close()
+            raise LostPeerError(str(error)) from error
+
+    @contextlib.contextmanager
+    def summing(self) -> Iterator[None]:
+        """Within the block a process that is gone ends this one, if the block does not end."""
+        self._since = time.monotonic()
+        try:
+            yield
+        finally:
+            self._since = None
+
+    def close(self) -> None:
+        """Let the others know that this process goes on no more."""
+        for connection in self.connections:
+            connection.close()
+
+    def _watch(self) -> None:
+        while all(connection.fileno() >= 0 for connection in self.connections):
+            time.sleep(self.silence / 10)
+            since = self._since
+            if since is not None and time.monotonic() - since > self.silence and any(map(_ended, self.connections)):
+                self.lost()
+                return
+
+
+def _ended(connection: socket.socket) -> bool:
+    try:
+        return connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+
+
+def _end() -> None:
+    log.error("Another process of this run was lost in the middle of a step: '--resume' goes on from what was saved.")
+    os._exit(1)
+
+
 @dataclass(frozen=True)
 class World:
-    """The processes of a run; one alone is a world too."""
+    """The processes of a run; one alone is a world too. `peers`: where a sum would wait for ever for a lost one."""
 
     rank: int = 0
     size: int = 1
     group: Any = None
+    peers: Peers | None = None
 
     @property
     def leads(self) -> bool:
         """Whether this is the process that writes."""
         return self.rank == 0
 
+    def close(self) -> None:
+        """Nothing more is summed."""
+        if self.peers is not None:
+            self.peers.close()
+
     def sum(self, array: mx.array) -> mx.array:
         """The sum over all processes, evaluated. Raises LostPeerError."""
         if self.size == 1:
             return array
+        if self.peers is not None:
+            mx.eval(array)  # it takes longest, and one that is lost meanwhile is missed when all meet
+            self.peers.meet()
         try:
-            total = mx.distributed.all_sum(array, group=self.group)
-            mx.eval(total)
+            with self.peers.summing() if self.peers is not None else contextlib.nullcontext():
+                total = mx.distributed.all_sum(array, group=self.group)
+                mx.eval(total)
         except RuntimeError as error:
             raise LostPeerError(str(error)) from error
         return total
@@ -86,8 +176,7 @@ class World:
         except _FailedError as failed:
             raise failed.error from None
         except LostPeerError:
-            hint = "its own output says why."
-            raise TrainingError("Another process of this run ended before the first step.", hint) from None
+            raise _ended_early() from None
         except Exception as error:
             with contextlib.suppress(_FailedError, LostPeerError):
                 self._exchange(_spelled(error))
@@ -170,6 +259,10 @@ class World:
         return shared
 
 
+def _ended_early() -> TrainingError:
+    return TrainingError("Another process of this run ended before the first step.", "its own output says why.")
+
+
 def _spelled(error: Exception) -> dict[str, Any]:
     """An error as plain JSON values."""
     if isinstance(error, AdapterError):
@@ -195,7 +288,40 @@ def start() -> World:
             f"This process was started as one of {max(wanted, 2)}, but MLX does not reach the others{why}.",
             "use 'mlx.launch' (docs/distributed.md); under mpirun MLX needs the MPI library: MLX_MPI_LIBNAME.",
         )
-    return World(group.rank(), size, group)
+    world = World(group.rank(), size, group)
+    return replace(world, peers=_peers(world))
+
+
+def _peers(world: World) -> Peers | None:
+    """The connections, over the address that the environment gives for rank 0; None where none is needed."""
+    host = next((os.environ[name] for name in WAITING if os.environ.get(name)), None)
+    if host is None or world.size == 1:
+        return None
+    host = host.rpartition(":")[0] if "MLX_JACCL_COORDINATOR" in os.environ else host
+    try:
+        if not world.leads:
+            port, key = world.share(lambda: None)
+            connection = socket.create_connection((host, port), REACHED)
+            connection.sendall(bytes.fromhex(key))
+            return Peers([connection], False)
+        others: list[socket.socket] = []
+        key = secrets.token_bytes(16)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.create_server((host, 0), family=family) as server:
+            server.settimeout(REACHED)
+            world.share(lambda: [server.getsockname()[1], key.hex()])
+            while len(others) < world.size - 1:
+                other, _ = server.accept()
+                other.settimeout(REACHED)
+                others += [other] if hmac.compare_digest(other.recv(len(key), socket.MSG_WAITALL), key) else []
+        return Peers(others, True)
+    except LostPeerError:
+        raise _ended_early() from None
+    except OSError as error:
+        raise TrainingError(
+            f"Rank {world.rank} does not reach the others at '{host}': {error.strerror or error}.",
+            "the processes of a run need a connection to rank 0's address: is there a firewall?",
+        ) from None
 
 
 def _launched_size() -> int:

@@ -169,7 +169,7 @@ def _opened(
     place, path = place_of(name)
     world, interrupt = distributed.start(), Interrupt()
     on_event = interrupt.heeding(on_event if world.leads else ignore)
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as held, contextlib.closing(world):
         with world.starting():
             called = str(getattr(name, "reference", name))
             equal = {"name": called, "resume": resume, "overwrite": overwrite, "init_from": asked.init_from is not None}
