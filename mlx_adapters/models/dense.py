@@ -2,18 +2,17 @@
 
 import inspect
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
+import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_adapters.config.quantization import Quantization
 from mlx_adapters.errors import ModelError
 from mlx_adapters.storage.tensor_names import BIAS, QUANTIZED_LEAVES, SCALES, WEIGHT
-from mlx_adapters.system.door import (
-    mx,
-    nn,
-)
+from mlx_adapters.system.door import mx, nn
+from mlx_adapters.system.machine import on_cuda
 
 
 def is_quantized(layer: nn.Module) -> bool:
@@ -142,3 +141,36 @@ def compute_dtype(module: nn.Module) -> mx.Dtype:
         if name.endswith(WEIGHT) and mx.issubdtype(value.dtype, mx.floating):
             return value.dtype
     return mx.float32
+
+
+# The bits of +Inf. NaN and Inf are what lies there or above, as a signed number (if positive) or without the sign
+# bit (if negative): two maxima tell, twenty times faster than isfinite.
+INFINITY = {mx.float32: (mx.int32, 0x7F800000), mx.bfloat16: (mx.int16, 0x7F80), mx.float16: (mx.int16, 0x7C00)}
+AT_A_TIME = 64  # arrays that lie in memory once more
+
+
+def first_not_finite(weights: Mapping[str, mx.array]) -> str | None:
+    """The name of the first floating-point array that holds NaN or Inf, or None."""
+    bits = {name: a.view(INFINITY[a.dtype][0]) for name, a in weights.items() if a.dtype in INFINITY and a.size}
+    mx.eval(bits)  # all at once: a tenth of a millisecond for each would add up
+    if on_cuda() and _are_finite({name: weights[name] for name in bits}):
+        return None
+    for name, array in bits.items():
+        infinity, signed = INFINITY[weights[name].dtype][1], np.array(array, copy=False)
+        unsigned = signed.view(f"u{signed.itemsize}")
+        if signed.max() >= infinity or unsigned.max() >= infinity + (1 << (8 * signed.itemsize - 1)):
+            return name
+    return None
+
+
+def _are_finite(weights: Mapping[str, mx.array]) -> bool:
+    """Whether all numbers are, asked of a GPU: a look from the host would move each array there, and back when it is
+    used."""
+    tops: list[mx.array] = []
+    for dtype, (kind, infinity) in INFINITY.items():
+        flat = [a.view(kind).reshape(-1) for a in weights.values() if a.dtype == dtype]
+        for start in range(0, len(flat), AT_A_TIME):
+            unsigned = mx.concatenate(flat[start : start + AT_A_TIME]) & ((1 << (8 * kind.size - 1)) - 1)
+            tops.append(unsigned.max() < infinity)
+            mx.eval(tops[-1])
+    return not tops or mx.stack(tops).all().item()

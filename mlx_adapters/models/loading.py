@@ -17,13 +17,14 @@ from mlx_adapters.config.data import TemplateConfig
 from mlx_adapters.config.mapping import require
 from mlx_adapters.config.quantization import DTYPES
 from mlx_adapters.errors import AdapterError, FormatError, ModelError, refusals
-from mlx_adapters.models.adapter import Adapter, first_not_finite
+from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.models.base import NOT_PACKED, Base
 from mlx_adapters.models.dense import (
     compute_dtype,
     dense_class,
     dense_layer,
     dense_weight,
+    first_not_finite,
     is_quantized,
     resize_rows,
     unpack,
@@ -34,7 +35,7 @@ from mlx_adapters.models.quantized_check import replace_miscomputed
 from mlx_adapters.storage.paths import refuse_pointer
 from mlx_adapters.storage.tensor_names import QUANTIZED_LEAVES, WEIGHT, split
 from mlx_adapters.surgery.caches import compute_as_generated, trace
-from mlx_adapters.surgery.groups import lay_groups_together
+from mlx_adapters.surgery.groups import Origins, read_groups_together
 from mlx_adapters.system.door import (
     TRUST_IT,
     load_mlx_model,
@@ -75,13 +76,14 @@ def load_model(
     IncompatibleError.
     """
     require(dtype in DTYPES, f"dtype must be one of {', '.join(DTYPES)}, not '{dtype}'.")
-    module, config = load_module(base)
     together = on_gpu() if together is None else together
+    with Origins() as origins:
+        module, config = load_module(base)
     with refusals(lambda why: ModelError(f"The weights of '{base.name}' cannot be read: {why}.", WHOLE_MODEL)):
         set_precision(module, dtype, dense)
         if on_gpu():
             lay_experts_out(module)
-        groups = lay_groups_together(module, adaptable_layers(module)) if together else {}
+        groups = read_groups_together(module, adaptable_layers(module), origins) if together else {}
         mx.eval(module.parameters())
     wrong = set(replace_miscomputed(module, compute_dtype(module), gradients) if on_gpu() else ())
     require_experts(module, base)

@@ -16,6 +16,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from typing import Any
 
@@ -224,9 +225,13 @@ def _is_right(error: float, dtype: mx.Dtype) -> bool:
 
 
 def _where() -> Any:
+    return paths.home() / "checks" / f"quantized-{_this_device()}.json"
+
+
+@cache
+def _this_device() -> str:
     device = str(mx.device_info().get("device_name", mx.default_device()))
-    name = hashlib.sha256(f"{version('mlx')} {device}".encode()).hexdigest()[:16]
-    return paths.home() / "checks" / f"quantized-{name}.json"
+    return hashlib.sha256(f"{version('mlx')} {device}".encode()).hexdigest()[:16]
 
 
 def _read() -> dict[str, float]:

@@ -16,7 +16,7 @@ import mlx.core as mx
 from mlx_adapters.checkpoints.places import MERGE_THERE
 from mlx_adapters.checkpoints.shards import peft_weight_files, refuse_parts
 from mlx_adapters.errors import FormatError, NotFoundError
-from mlx_adapters.models.adapter import first_not_finite
+from mlx_adapters.models.dense import first_not_finite
 from mlx_adapters.peft_format.settings import FUSE_HINT, MEND, PeftSettings
 from mlx_adapters.storage import files, hf_names, paths, tensor_files, tensor_names
 from mlx_adapters.storage.hf_names import (

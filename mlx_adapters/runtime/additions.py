@@ -39,6 +39,7 @@ class ForAll:
             self.kernel_a, self.kernel_b = a.reshape(1, -1, *factors.a.shape[-2:]), factors.b[None]  # one slot
         self.adds = not on_gpu() and self.b.dtype == mx.float32  # a product that adds is one operation less
         self._compiled: Callable[[mx.array], list[mx.array]] | None = None
+        self._parts: list[mx.array] | None = None
 
     @property
     def arrays(self) -> list[mx.array]:
@@ -61,11 +62,27 @@ class ForAll:
             parts = [part * gain for part, gain in zip(parts, split(f.gain, widths), strict=True)]
             if f.shift is not None:
                 parts = [part + shift for part, shift in zip(parts, split(f.shift, widths), strict=True)]
+        if x.size > MANY_TOKENS * x.shape[-1]:
+            shares = zip(parts, self._lows(x), self._highs(widths), strict=True)
+            return [mx.addmm(part, low, high) for part, low, high in shares]
         a, b = (self.one_a, self.one_b) if x.ndim == 3 and x.shape[0] == 1 else (self.a, self.b)
         z = x @ a  # (..., layers · r)
-        adds = self.adds or x.size > MANY_TOKENS * x.shape[-1]
         shares = zip(parts, split(z, [self.b.shape[-2]] * len(widths)), split(b, widths), strict=True)
-        return [mx.addmm(part, low, high) if adds else part + low @ high for part, low, high in shares]
+        return [mx.addmm(part, low, high) if self.adds else part + low @ high for part, low, high in shares]
+
+    def _lows(self, x: mx.array) -> list[mx.array]:
+        """x aᵀ of each layer, (..., r), in arrays of their own: a part of one would be copied for what follows."""
+        rank = self.b.shape[-2]
+        if self.a.shape[-1] == rank:
+            return [x @ self.a]
+        z = x.reshape(1, -1, x.shape[-1]) @ self.factors.a.swapaxes(-1, -2)  # (layers, tokens, r)
+        return [low.reshape(*x.shape[:-1], rank) for low in z]
+
+    def _highs(self, widths: Sequence[int]) -> list[mx.array]:
+        """bᵀ of each layer, (r, width), made once."""
+        if self._parts is None:
+            self._parts = split(self.b, widths)
+        return self._parts
 
     def compiled(self, product: Product, widths: Sequence[int]) -> Callable[[mx.array], list[mx.array]]:
         """`linears` of what `product` gives for its argument, compiled; gone with this object, as its constants are."""

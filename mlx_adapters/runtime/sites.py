@@ -66,7 +66,7 @@ class Group(Site):
         if self.update is None:
             return [layer(x) for layer in self.layers]
         if isinstance(self.update, ForAll) and self.product.unpacks_for(x):
-            return self.update.added(self.product.each(x, self.widths), x)
+            return self.update.added(self.product.each(x), x)
         return outputs_of(self.update, self.product, x, self.widths)
 
     def linear(self, x: mx.array, index: int = 0) -> mx.array:
@@ -93,7 +93,7 @@ class Concatenated:
     """
 
     def __init__(self, layers: Sequence[nn.Module], arrays: Mapping[str, mx.array] | None = None) -> None:
-        first = layers[0]
+        self.layers, first = tuple(layers), layers[0]
         self.options: dict[str, Any] | None = None
         if isinstance(first, nn.QuantizedLinear):
             self.options = {"group_size": first.group_size, "bits": first.bits, "mode": first.mode}
@@ -117,16 +117,13 @@ class Concatenated:
         """Whether x is of so many tokens that the matrix is unpacked for it."""
         return self.unpacks and x.size > MANY_TOKENS * x.shape[-1]
 
-    def each(self, x: mx.array, widths: Sequence[int]) -> list[mx.array]:
+    def each(self, x: mx.array) -> list[mx.array]:
         """What each layer computes, in arrays of their own: of many tokens a part of one array would be copied."""
         outputs: list[mx.array] = []
-        start = 0
-        for width in widths:
-            own = {name: array[start : start + width] for name, array in self.arrays.items()}
-            packed = (own.get(name) for name in QUANTIZED_LEAVES)
+        for layer in self.layers:
+            packed = (layer.get(name) for name in QUANTIZED_LEAVES)
             y = x @ mx.dequantize(*packed, **(self.options or {}), dtype=x.dtype).T
-            outputs.append(y + own[BIAS] if BIAS in own else y)
-            start += width
+            outputs.append(y + layer[BIAS] if BIAS in layer else y)
         return outputs
 
 

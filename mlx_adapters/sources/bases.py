@@ -21,8 +21,9 @@ from mlx_adapters.errors import (
     NotFoundError,
     did_you_mean,
 )
-from mlx_adapters.models.adapter import Adapter, first_not_finite, weights_file
+from mlx_adapters.models.adapter import Adapter, weights_file
 from mlx_adapters.models.base import Base, BaseLike, Trained
+from mlx_adapters.models.dense import first_not_finite
 from mlx_adapters.models.metadata import base_of, read_metadata
 from mlx_adapters.sources import hub
 from mlx_adapters.sources.demo_base import DEMO_BASE, demo_base_folder

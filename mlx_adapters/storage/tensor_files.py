@@ -40,25 +40,8 @@ DTYPES = {
     "bool": "BOOL",
     "uint64": "U64",
 }
-_ITEM_SIZES = {
-    "F32": 4,
-    "F16": 2,
-    "BF16": 2,
-    "U32": 4,
-    "U16": 2,
-    "U8": 1,
-    "I32": 4,
-    "I8": 1,
-    "I64": 8,
-    "I16": 2,
-    "BOOL": 1,
-    "U64": 8,
-    "F64": 8,
-    "C64": 8,
-    "F8_E4M3": 1,
-    "F8_E5M2": 1,
-    "F8_E8M0": 1,
-}
+_OF_SIZE = {1: "U8 I8 BOOL F8_E4M3 F8_E5M2 F8_E8M0", 2: "U16 I16 F16 BF16", 4: "U32 I32 F32", 8: "U64 I64 F64 C64"}
+_ITEM_SIZES = {code: size for size, codes in _OF_SIZE.items() for code in codes.split()}
 _MAX_AXIS = 2**31 - 1  # MLX counts along an axis in 32 bits
 
 
@@ -98,7 +81,7 @@ def stream_safetensors(
         size = _ITEM_SIZES[code] * math.prod(shape)
         header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [offset, offset + size]}
         offset += size
-    frame = _frame(header)
+    beginning = frame(header)
     with atomic_file(path) as stream, ThreadPoolExecutor(1) as hasher, ThreadPoolExecutor(1) as writer:
         digest = hashlib.sha256()
         hashing, writing = deque[Future[Any]](), deque[Future[Any]]()
@@ -115,7 +98,7 @@ def stream_safetensors(
             else:
                 stream.write(data)
 
-        write(frame)
+        write(beginning)
         for (name, dtype, shape), array in zip(layout, arrays, strict=True):
             made = str(array.dtype).removeprefix("mlx.core.")
             if tuple(array.shape) != tuple(shape) or (made != dtype and (made, dtype) != ("uint16", "bfloat16")):
@@ -126,8 +109,8 @@ def stream_safetensors(
     return digest.hexdigest() if hashed else ""
 
 
-def _frame(header: Mapping[str, Any]) -> bytes:
-    """The file's beginning: the header behind its length."""
+def frame(header: Mapping[str, Any]) -> bytes:
+    """A safetensors file's beginning: the header behind its length."""
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
     return struct.pack("<Q", len(encoded)) + encoded
@@ -280,6 +263,16 @@ class StoredTensor:
             stream.seek(self.start + first)
             return stream.read(min(length, self.nbytes - first))
 
+    def read_into(self, memory: memoryview) -> None:
+        """All of its bytes into as much memory. Raises OSError."""
+        with open(self.path, "rb", buffering=0) as stream:
+            stream.seek(self.start)
+            while len(memory):
+                count = stream.readinto(memory)
+                if not count:
+                    raise OSError(f"'{self.path}' is shorter than it was")
+                memory = memory[count:]
+
     def blocks(self) -> Iterator[bytes]:
         """Its bytes, some megabytes at a time."""
         return (self.read(first, BLOCK) for first in range(0, self.nbytes, BLOCK))
@@ -311,7 +304,7 @@ def copy_tensors(path: Path, tensors: Mapping[str, StoredTensor], metadata: Mapp
         header[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": span}
         offset = span[1]
     with atomic_file(path) as stream:
-        stream.write(_frame(header))
+        stream.write(frame(header))
         for name in names:
             for block in tensors[name].blocks():
                 stream.write(block)

@@ -1,15 +1,31 @@
-"""Linear layers that are given the same input: found by watching one forward pass, laid together in memory."""
+"""Linear layers that are given the same input: found by watching one forward pass, laid together in memory, where
+they are read from the files at once.
+"""
 
-from collections import deque
+import io
+import re
+import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from contextvars import ContextVar
+from functools import cache
+from pathlib import Path
 from typing import Any
 
-from mlx_adapters.storage.tensor_names import BIAS, QUANTIZED_LEAVES
+from mlx.utils import tree_flatten
+
+from mlx_adapters.errors import AdapterError
+from mlx_adapters.storage.tensor_files import StoredTensor, frame, stored_tensors
+from mlx_adapters.storage.tensor_names import BIAS, QUANTIZED_LEAVES, join
 from mlx_adapters.surgery.calls import intercept
 from mlx_adapters.system.door import mx, nn
+from mlx_adapters.system.machine import on_cuda
 
 Arrays = dict[str, mx.array]  # of layers, by their names in a layer
+READERS, BATCH = 8, 16 << 20  # threads that read, and bytes that one of them reads before it takes what comes next
+_here = threading.local()  # `.stream`: a reading thread's own
 
 
 def find_groups(module: nn.Module, layers: dict[str, nn.Module]) -> list[tuple[str, ...]]:
@@ -50,34 +66,193 @@ def _kind(layer: nn.Module) -> tuple:
     return (type(layer), *(getattr(layer, n, None) for n in ("bits", "group_size", "mode")), dtypes)
 
 
-def lay_together(layers: Sequence[nn.Module]) -> Arrays:
+def lay_together(layers: Sequence[nn.Module], read: Arrays | None = None) -> Arrays:
     """The arrays of linear layers of one kind, one below the other, (Σ out, ...) each; the layers' own become views of
-    them, equal to the bit. Of layers that were not evaluated before, no second copy is left in memory once they are."""
-    wholes: Arrays = {}
-    for name in (name for name in (*QUANTIZED_LEAVES, BIAS) if layers[0].get(name) is not None):
-        whole, start = mx.concatenate([layer[name] for layer in layers]), 0
+    them, equal to the bit. `read`: those that are there already. Of layers that were not evaluated before, no second
+    copy is left in memory once they are."""
+    wholes: Arrays = dict(read or {})
+    for name in leaves_of(layers[0]):
+        if name not in wholes:
+            wholes[name] = mx.concatenate([layer[name] for layer in layers])
+        start = 0
         for layer in layers:
             extent = layer[name].shape[0]
-            layer[name] = whole[start : start + extent]
+            layer[name] = wholes[name][start : start + extent]
             start += extent
-        wholes[name] = whole
     return wholes
 
 
-UNDER_WAY = 4  # groups: a GPU waits for none of them, and few are in memory twice
+def leaves_of(layer: nn.Module) -> list[str]:
+    """The names of a linear layer's arrays."""
+    return [name for name in (*QUANTIZED_LEAVES, BIAS) if layer.get(name) is not None]
 
 
-def lay_groups_together(module: nn.Module, layers: Mapping[str, nn.Module]) -> dict[tuple[str, ...], Arrays]:
-    """`lay_together` for all groups of a model, by their paths, evaluated; of a model whose weights are still to be
-    read, so that they are read into place."""
+def read_groups_together(
+    module: nn.Module, layers: Mapping[str, nn.Module], origins: "Origins"
+) -> dict[tuple[str, ...], Arrays]:
+    """`lay_together` for all groups of a model, by their paths, evaluated, as all of the model is then.
+
+    What is a tensor of a file is read to where it stays: nothing is copied, or in memory twice.
+    """
+    groups = {paths: [layers[path] for path in paths] for paths in find_groups(module, dict(layers))}
+    wanted, places = _wanted(module, groups, origins)
+    read = read_joined(wanted)
+    module.load_weights([(name, read[first]) for name, first in places.items()], strict=False)
     laid: dict[tuple[str, ...], Arrays] = {}
-    begun: deque[list[Any]] = deque()
-    for paths in find_groups(module, dict(layers)):
-        group = [layers[path] for path in paths]
-        laid[paths] = lay_together(group)
-        begun.append([laid[paths], [layer.parameters() for layer in group]])
-        mx.async_eval(begun[-1])
-        if len(begun) > UNDER_WAY:
-            mx.eval(begun.popleft())
-    mx.eval(list(begun))
+    for paths, group in groups.items():
+        there = {leaf: join(paths[0], leaf) for leaf in leaves_of(group[0])}
+        laid[paths] = lay_together(group, {leaf: read[name] for leaf, name in there.items() if name in read})
+        mx.eval(laid[paths], [layer.parameters() for layer in group])  # what was not read is there twice for a moment
+    mx.eval(module.parameters())
     return laid
+
+
+def _wanted(
+    module: nn.Module, groups: Mapping[tuple[str, ...], Sequence[nn.Module]], origins: "Origins"
+) -> tuple[dict[str, list[StoredTensor]], dict[str, str]]:
+    """What to read: tensors that belong together under the name of the first, others under their own; and, of the
+    others, under which name the array of each parameter is read: some are in two places."""
+    wanted: dict[str, list[StoredTensor]] = {}
+    grouped: set[int] = set()
+    for paths, group in groups.items():
+        for leaf in leaves_of(group[0]):
+            arrays = [layer[leaf] for layer in group]
+            wanted[join(paths[0], leaf)] = origins.of(arrays)
+            grouped.update(map(id, arrays))
+    first: dict[int, str] = {}
+    places: dict[str, str] = {}
+    for name, array in tree_flatten(module.parameters()):
+        if id(array) not in grouped:
+            places[name] = first.setdefault(id(array), name)
+            wanted[places[name]] = origins.of([array])
+    wanted = {name: tensors for name, tensors in wanted.items() if tensors}
+    return wanted, {name: one for name, one in places.items() if one in wanted}
+
+
+class Origins:
+    """Where arrays lie that MLX has not read yet, of those that `mx.load` gave within the block."""
+
+    def __init__(self) -> None:
+        self._places: dict[int, tuple[weakref.ref, Path, str]] = {}
+        self._files: dict[Path, dict[str, StoredTensor]] = {}
+
+    def __enter__(self) -> "Origins":
+        self._before = _noting.set(self)
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        _noting.reset(self._before)
+
+    def note(self, file: Any, arrays: Any) -> None:
+        """`arrays`, by their names, are those of a file."""
+        if isinstance(file, str) and isinstance(arrays, dict):
+            places = {id(array): (weakref.ref(array), Path(file), name) for name, array in arrays.items()}
+            self._places.update(places)
+
+    def of(self, arrays: Sequence[mx.array]) -> list[StoredTensor]:
+        """The tensors of files that these arrays are; none if one of them is anything else, or is changed."""
+        found = [self._of(array) for array in arrays]
+        return [] if None in found else [tensor for tensor in found if tensor is not None]
+
+    def _of(self, array: mx.array) -> StoredTensor | None:
+        held, path, name = self._places.get(id(array), (None, Path(), ""))
+        if held is None or array.size == 0 or held() is not array:
+            return None
+        graph = io.StringIO()
+        mx.export_to_dot(graph, array)
+        if re.findall(r'label ="(\w+)"', graph.getvalue()) != ["Load"]:  # changed in place, or read by now
+            return None
+        if path not in self._files:
+            self._files[path] = {}
+            with suppress(AdapterError):
+                self._files[path] = stored_tensors(path)
+        return self._files[path].get(name)
+
+
+_noting: ContextVar[Origins | None] = ContextVar("noting", default=None)
+_load: Callable[..., Any] = mx.load
+
+
+def _noted_load(file: Any, *arguments: Any, **options: Any) -> Any:
+    """`mx.load`, which `Origins` watches."""
+    arrays = _load(file, *arguments, **options)
+    if (origins := _noting.get()) is not None:
+        origins.note(file, arrays)
+    return arrays
+
+
+mx.load = _noted_load
+
+
+def read_joined(wanted: Mapping[str, Sequence[StoredTensor]]) -> dict[str, mx.array]:
+    """Tensors of files as arrays, evaluated, those of one name one below the other: (Σ n, ...).
+
+    Each is read to where it stays, and several are at a time. Raises OSError.
+    """
+    batches: list[dict[str, Sequence[StoredTensor]]] = [{}]
+    size = 0
+    for name, parts in wanted.items():
+        batches[-1][name] = parts
+        size += sum(part.nbytes for part in parts)
+        if size >= BATCH:
+            batches.append({})
+            size = 0
+    made: dict[str, mx.array] = {}
+    for arrays in _readers().map(_read, batches):
+        made |= arrays
+    return made
+
+
+@cache
+def _readers() -> ThreadPoolExecutor:
+    """Threads, each with a stream of its own: what one alone gives a GPU's driver is copied at half the speed."""
+    return ThreadPoolExecutor(READERS, initializer=_begin_reading)
+
+
+def _begin_reading() -> None:
+    _here.stream = mx.new_stream(mx.gpu if on_cuda() else mx.cpu)
+
+
+def _read(wanted: Mapping[str, Sequence[StoredTensor]]) -> dict[str, mx.array]:
+    file = _Joined(wanted)
+    arrays = _load(file, format="safetensors", stream=_here.stream)
+    if file.failure is not None:
+        raise file.failure
+    return arrays
+
+
+class _Joined(io.RawIOBase):
+    """Tensors of files as one safetensors file, of which MLX reads one whole tensor after the other."""
+
+    def __init__(self, wanted: Mapping[str, Sequence[StoredTensor]]) -> None:
+        header, self.parts, offset = {}, {}, 0
+        for name, parts in wanted.items():
+            shape = [sum(part.shape[0] for part in parts), *parts[0].shape[1:]] if len(parts) > 1 else parts[0].shape
+            span = [offset, offset + sum(part.nbytes for part in parts)]
+            header[name] = {"dtype": parts[0].dtype, "shape": list(shape), "data_offsets": span}
+            self.parts[offset], offset = parts, span[1]
+        self.frame, self.position = frame(header), 0
+        self.size = len(self.frame) + offset
+        self.failure: OSError | None = None  # not raised where MLX reads: in a thread that would lose it
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self.position = offset + (0, self.position, self.size)[whence]
+        return self.position
+
+    def tell(self) -> int:
+        return self.position
+
+    def readinto(self, memory: Any) -> int:
+        first, count = self.position - len(self.frame), len(memory)
+        self.position += count
+        if first < 0:
+            memory[:] = self.frame[first : first + count or None]
+            return count
+        rest = memoryview(memory).cast("B")
+        try:
+            for part in self.parts[first]:
+                part.read_into(rest[: part.nbytes])
+                rest = rest[part.nbytes :]
+        except OSError as error:
+            self.failure = error
+        return count

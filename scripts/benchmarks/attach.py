@@ -1,10 +1,11 @@
 """Loading a base, alone and with an adapter: seconds and peak memory against mlx-lm's, each in a process of its own.
 
 A random model of a real shape (4 bits on a GPU) and a random adapter of rank 8 on all its linear layers lie in a
-folder. `seconds`: from the call until the weights are evaluated, imports aside; the programs take turns, and the first
-round, which brings the files into memory, does not count. `to the first logits`: and one pass of three tokens, which
-brings in the kernels that loading here has used already. `peak` is `mx.get_peak_memory()` after loading; `of both` is
-that over base and adapter as they lie in memory. The bars: 1.03 of both, 1.05 of mlx-lm's seconds.
+folder. `seconds`: from the call until the weights are evaluated, imports aside; all processes of a round wait for each
+other, then take turns, and the first round, which brings the files into memory, does not count. `to the first
+logits`: and one pass of three tokens, which brings in the kernels that loading here has used already. `peak` is
+`mx.get_peak_memory()` after loading; `of both` is that over base and adapter as they lie in memory. The bars: 1.03 of
+both, 1.05 of mlx-lm's seconds.
 
     python scripts/benchmarks/attach.py --shape 4b
     python scripts/benchmarks/attach.py --shape tiny --packed     # a CPU, which would unpack the base otherwise
@@ -57,6 +58,8 @@ def one(way: str, work: Path, shape: str, packed: bool) -> dict:
 
     base, adapter = work / shape, str(work / "adapter") if "adapter" in way else None
     mx.eval(mx.zeros((8, 8)) @ mx.zeros((8, 8)))  # the device is up
+    print("ready", flush=True)
+    sys.stdin.readline()
     mx.reset_peak_memory()
     start = time.perf_counter()
     if way.startswith("mlx-lm"):
@@ -94,16 +97,24 @@ def main() -> None:
         runs: dict[str, list[dict]] = {way: [] for way in WAYS}
         flags = ["--shape", options.shape, "--work", str(work), *(["--packed"] if options.packed else [])]
         for number in range(options.rounds + 1):
-            for way in WAYS:
-                command = [sys.executable, __file__, *flags, "--one", way]
-                out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-                seen = json.loads(out.splitlines()[-1])
+            for way, process in started(flags).items():
+                seen = json.loads(process.communicate("begin\n")[0].splitlines()[-1])
                 runs[way] += [seen] if number else []
                 spent = f"{seen['seconds']:.2f} s, {seen['first']:.2f} to logits, peak {seen['peak'] / 1e6:,.0f} MB"
                 after = time.perf_counter() - begun
                 print(f"round {number}, {way}: {spent}, after {after:.0f} s", file=sys.stderr, flush=True)
             if number:
                 print(table(runs), flush=True)
+
+
+def started(flags: list[str]) -> dict[str, subprocess.Popen]:
+    """A process for each way, which has imported what it needs and waits for a line."""
+    command, pipe = [sys.executable, __file__, *flags, "--one"], subprocess.PIPE
+    processes = {way: subprocess.Popen([*command, way], stdin=pipe, stdout=pipe, text=True) for way in WAYS}
+    for process in processes.values():
+        while process.stdout.readline() not in ("ready\n", ""):
+            pass
+    return processes
 
 
 def table(runs: dict[str, list[dict]]) -> str:

@@ -11,6 +11,7 @@ tokens per second from the median time of a step, and from the mean in brackets.
 import argparse
 import contextlib
 import json
+import math
 import statistics
 import time
 from functools import partial
@@ -34,6 +35,7 @@ from mlx_adapters.runtime import pool as pool_module
 from mlx_adapters.runtime.additions import ForAll
 from mlx_adapters.runtime.pool import AdapterPool
 from mlx_adapters.runtime.sites import Concatenated, at_path, replace_layers
+from mlx_adapters.surgery.blocks import by_block
 from mlx_adapters.surgery.calls import intercept
 
 SHAPES = {
@@ -287,10 +289,11 @@ def decode(variant, model, batch, tokens, clock, before=16):
     return steps[1:]
 
 
-def prefill(model, batch, tokens, clock):
+def prefill(variant, model, batch, tokens, clock):
     """Seconds of reading a prompt of so many tokens, the last logits evaluated."""
+    called = model if variant in ("base", "mlx-lm") else by_block(model)
     cache, start = make_prompt_cache(model), clock()
-    mx.eval(model(mx.zeros((batch, tokens), dtype=mx.uint32), cache=cache)[:, -1])
+    mx.eval(called(mx.zeros((batch, tokens), dtype=mx.uint32), cache=cache)[:, -1])
     return clock() - start
 
 
@@ -323,7 +326,7 @@ def run(shape, batch, options, clock):
                 mx.eval(computed)
                 decode(name, model, batch, 4, clock, options.before)
                 for tokens in options.prefill:
-                    prefill(model, batch, tokens, clock)
+                    prefill(name, model, batch, tokens, clock)
         except Exception as failure:
             print(f"  {name}: failed: {failure}", flush=True)
             continue
@@ -339,7 +342,7 @@ def run(shape, batch, options, clock):
                     results[name]["steps"] += decode(name, model, batch, options.tokens, clock, options.before)
                     for tokens in options.prefill:
                         seconds = results[name]["prefill"].setdefault(tokens, [])
-                        seconds.append(prefill(model, batch, tokens, clock))
+                        seconds.append(prefill(name, model, batch, tokens, clock))
     show(shape, batch, options, results, time.time() - begun)
     return {"shape": shape, "batch": batch, "results": results}
 
@@ -369,9 +372,14 @@ def show(shape, batch, options, results, seconds):
         )
     for tokens in options.prefill:
         for name in results:
-            own, base = (statistics.median(results[n]["prefill"].get(tokens, [0.0])) for n in (name, "base"))
-            ratio = own / base if base else 0.0
-            print(f"prefill of {tokens} tokens: {name:18} {1e3 * own:8.1f} ms, {ratio:.3f} of base", flush=True)
+            ratios = []
+            for base in (base for base in ("base", "base unpacked") if base in results):
+                for middle in (statistics.median, min):
+                    own, of = (middle(results[n]["prefill"].get(tokens) or [math.nan]) for n in (name, base))
+                    ratios.append(f"{own / of:.3f}")
+                ratios.append(f"of {base}")
+            own = statistics.median(results[name]["prefill"].get(tokens) or [math.nan])
+            print(f"prefill of {tokens} tokens: {name:18} {1e3 * own:8.1f} ms, {' '.join(ratios)}", flush=True)
 
 
 def main():

@@ -1,0 +1,67 @@
+"""A model whose layers on one input are laid together is read once, to where it stays."""
+
+import os
+import shutil
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from mlx_adapters.models import loading
+from mlx_adapters.sources.bases import resolve_base
+from mlx_adapters.surgery import groups
+
+
+def bits_of(module):
+    return {name: np.array(array.view(mx.uint8)) for name, array in tree_flatten(module.parameters())}
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "mixtral"])
+def test_it_holds_what_mlx_lm_reads_and_nothing_is_in_memory_twice(architecture, bits, tiny_model):
+    base = resolve_base(tiny_model(architecture, bits=bits))
+    expected = loading.load_module(base)[0]
+    mx.eval(expected.parameters())
+    with groups.Origins() as origins:
+        module = loading.load_module(base)[0]
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    laid = groups.read_groups_together(module, dict(loading.adaptable_layers(module)), origins)
+    size = sum(array.nbytes for _, array in tree_flatten(module.parameters()))
+    assert mx.get_peak_memory() - before <= size + 4096
+    own, theirs = bits_of(module), bits_of(expected)
+    assert own.keys() == theirs.keys() and all(np.array_equal(own[name], theirs[name]) for name in own)
+    assert laid and all(len(paths) > 1 for paths in laid)
+    for paths, arrays in laid.items():
+        whole = np.concatenate([theirs[f"{path}.weight"] for path in paths])
+        assert np.array_equal(np.array(arrays["weight"].view(mx.uint8)), whole)
+
+
+def test_what_was_changed_after_it_was_read_is_not_read_again(tiny_model):
+    path = str(next(tiny_model().glob("*.safetensors")))
+    with groups.Origins() as origins:
+        arrays = mx.load(path)
+    one, other = arrays["model.layers.0.self_attn.k_proj.weight"], arrays["model.layers.0.self_attn.v_proj.weight"]
+    read = groups.read_joined({"both": origins.of([one, other])})["both"]
+    assert np.array_equal(np.array(read), np.concatenate([one, other]))  # evaluated by now
+    assert not origins.of([one])
+    with groups.Origins() as origins:
+        arrays = mx.load(path)
+    other = arrays["model.layers.0.self_attn.v_proj.weight"]
+    assert origins.of([other]) and not origins.of([other + 0]) and not origins.of([mx.load(path)["model.norm.weight"]])
+    other += 1  # the same object
+    assert not origins.of([other])
+
+
+def test_a_file_that_became_shorter_is_told_of(tiny_model, tmp_path):
+    path = tmp_path / "model.safetensors"
+    shutil.copy(next(tiny_model().glob("*.safetensors")), path)
+    with groups.Origins() as origins:
+        arrays = mx.load(str(path))
+    wanted = {name: origins.of([array]) for name, array in arrays.items()}
+    assert all(wanted.values())
+    os.truncate(path, path.stat().st_size // 2)
+    with pytest.raises(OSError, match="shorter than it was"):
+        groups.read_joined(wanted)
