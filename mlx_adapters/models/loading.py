@@ -35,7 +35,7 @@ from mlx_adapters.models.quantized_check import replace_miscomputed
 from mlx_adapters.storage.paths import refuse_pointer
 from mlx_adapters.storage.tensor_names import QUANTIZED_LEAVES, WEIGHT, split
 from mlx_adapters.surgery.caches import compute_as_generated, trace
-from mlx_adapters.surgery.groups import Origins, read_groups_together
+from mlx_adapters.surgery.groups import Origins, read_into_place
 from mlx_adapters.system.door import (
     TRUST_IT,
     load_mlx_model,
@@ -83,8 +83,7 @@ def load_model(
         set_precision(module, dtype, dense)
         if on_gpu():
             lay_experts_out(module)
-        groups = read_groups_together(module, adaptable_layers(module), origins) if together else {}
-        mx.eval(module.parameters())
+        groups = read_into_place(module, adaptable_layers(module) if together else {}, origins)
     wrong = set(replace_miscomputed(module, compute_dtype(module), gradients) if on_gpu() else ())
     require_experts(module, base)
     require_numbers(module, base)

@@ -144,14 +144,15 @@ class Optimizer:
             ratio = config.lora_plus_ratio if split(name)[1] == LORA_B else 1.0
             groups.setdefault((kind, ratio), []).append(name)
         shapes, vectors = {name: tuple(weight.shape) for name, weight in weights.items()}, {}
-        for number, ((kind, _), names) in enumerate(sorted(groups.items())):
+        ordered = sorted(groups.items())
+        for number, ((kind, _), names) in enumerate(ordered):
             small = [name for name in names if math.prod(shapes[name]) < small_size()]
             if kind in ELEMENTWISE and len(small) > 1:
                 vectors[f"small {number}"] = tuple(small)
         self.packing = Packing(shapes, vectors)
         packed = self.packing.pack(weights)
         self._groups: list[tuple[optimizers.Optimizer, float, list[str]]] = []
-        for number, ((kind, ratio), names) in enumerate(sorted(groups.items())):
+        for number, ((kind, ratio), names) in enumerate(ordered):
             given = [name for name in packed if name == f"small {number}" or name in names]
             made = _make(kind, config.weight_decay)
             made.init({name: packed[name] for name in given})

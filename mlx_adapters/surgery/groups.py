@@ -87,14 +87,16 @@ def leaves_of(layer: nn.Module) -> list[str]:
     return [name for name in (*QUANTIZED_LEAVES, BIAS) if layer.get(name) is not None]
 
 
-def read_groups_together(
+def read_into_place(
     module: nn.Module, layers: Mapping[str, nn.Module], origins: "Origins"
 ) -> dict[tuple[str, ...], Arrays]:
-    """`lay_together` for all groups of a model, by their paths, evaluated, as all of the model is then.
+    """Evaluate a model's weights; `lay_together`, by their paths, for all groups of `layers`.
 
     What is a tensor of a file is read to where it stays: nothing is copied, or in memory twice.
     """
-    groups = {paths: [layers[path] for path in paths] for paths in find_groups(module, dict(layers))}
+    groups = {
+        paths: [layers[path] for path in paths] for paths in (find_groups(module, dict(layers)) if layers else ())
+    }
     wanted, places = _wanted(module, groups, origins)
     read = read_joined(wanted)
     module.load_weights([(name, read[first]) for name, first in places.items()], strict=False)
@@ -189,6 +191,8 @@ def read_joined(wanted: Mapping[str, Sequence[StoredTensor]]) -> dict[str, mx.ar
 
     Each is read to where it stays, and several are at a time. Raises OSError.
     """
+    if not wanted:
+        return {}
     batches: list[dict[str, Sequence[StoredTensor]]] = [{}]
     size = 0
     for name, parts in wanted.items():
@@ -198,7 +202,7 @@ def read_joined(wanted: Mapping[str, Sequence[StoredTensor]]) -> dict[str, mx.ar
             batches.append({})
             size = 0
     made: dict[str, mx.array] = {}
-    for arrays in _readers().map(_read, batches):
+    for arrays in _readers().map(_read, filter(None, batches)):
         made |= arrays
     return made
 

@@ -99,6 +99,7 @@ def main() -> None:
         for number in range(options.rounds + 1):
             for way, process in started(flags).items():
                 seen = json.loads(process.communicate("begin\n")[0].splitlines()[-1])
+                assert process.returncode == 0, f"'{way}' ended with status {process.returncode}"
                 runs[way] += [seen] if number else []
                 spent = f"{seen['seconds']:.2f} s, {seen['first']:.2f} to logits, peak {seen['peak'] / 1e6:,.0f} MB"
                 after = time.perf_counter() - begun

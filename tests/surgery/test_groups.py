@@ -28,7 +28,7 @@ def test_it_holds_what_mlx_lm_reads_and_nothing_is_in_memory_twice(architecture,
     mx.clear_cache()
     mx.reset_peak_memory()
     before = mx.get_active_memory()
-    laid = groups.read_groups_together(module, dict(loading.adaptable_layers(module)), origins)
+    laid = groups.read_into_place(module, dict(loading.adaptable_layers(module)), origins)
     size = sum(array.nbytes for _, array in tree_flatten(module.parameters()))
     assert mx.get_peak_memory() - before <= size + 4096
     own, theirs = bits_of(module), bits_of(expected)
