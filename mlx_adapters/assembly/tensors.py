@@ -1,10 +1,11 @@
 """One fuse in progress: the base's tensors, the updates, the plan, and the tensors that come of them."""
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from mlx.utils import tree_flatten
 
@@ -150,21 +151,25 @@ class Assembly:
         leaves = packed_shapes(plan, dtype_name(self.scale_dtype if plan.target else self.weight_dtype))
         layer = self.source.layers[plan.path]
         layout = [(tensor_names.join(plan.path, leaf), dtype, shape) for leaf, dtype, shape in leaves]
+        begun: list[Iterator[_Rows]] = []
+
+        def begin() -> None:
+            begun.append(_one_ahead(self._rows(plan, rounded(plan.path, plan.target))))
 
         def make() -> list[mx.array]:
-            made = self._make_layer(plan, rounded(plan.path, plan.target))
+            if not begun:
+                begin()
+            made = self._make_layer(plan, begun.pop())
             mx.eval(made)
             for leaf in (*tensor_names.QUANTIZED_LEAVES, "global_scale"):
                 if leaf in layer:
                     layer[leaf] = mx.zeros((0,))
             return made
 
-        return Unit(layout, make)
+        return Unit(layout, make, begin)
 
-    def _make_layer(self, plan: LayerPlan, packed: Packed | None) -> list[mx.array]:
-        """The layer's tensors, made a few rows at a time; rows are independent in every step."""
-        total = SurvivalSum()
-        pieces: list[list[mx.array]] = []
+    def _rows(self, plan: LayerPlan, packed: Packed | None) -> Iterator["_Rows"]:
+        """The layer a few rows at a time, being computed; rows are independent in every step."""
         for start, stop in chunks(plan.shape):
             base = self.source.rows(plan.path, start, stop)
             fused = self.source.update(plan.path, base, self.updates, start, stop)
@@ -176,19 +181,39 @@ class Assembly:
             else:
                 piece = packed[start:stop] if packed is not None else to_nearest(fused, plan.target, self.scale_dtype)
                 parts, stored = list(piece.tensors.values()), dequantize(piece[some])
-            base, wanted, finite = base[some], fused[some], all_finite(*parts)
-            mx.eval(
-                parts, finite, *([base, wanted, stored] if plan.changed else [])
-            )  # at once: each waits for a thread
-            require_representable(plan.path, fused, self.scale_dtype if plan.target else self.weight_dtype)
-            if plan.target is not None and not finite.item():
+            finite, compared = all_finite(*parts), (base[some], fused[some], stored) if plan.changed else ()
+            mx.async_eval(parts, finite, *compared)  # at once: each waits for a thread
+            yield _Rows(fused, parts, finite, compared)
+
+    def _make_layer(self, plan: LayerPlan, rows: Iterator["_Rows"]) -> list[mx.array]:
+        """The layer's tensors."""
+        total = SurvivalSum()
+        pieces: list[list[mx.array]] = []
+        for some in rows:
+            require_representable(plan.path, some.fused, self.scale_dtype if plan.target else self.weight_dtype)
+            if plan.target is not None and not some.finite.item():
                 raise not_finite(plan.path)
-            pieces.append(parts)
+            pieces.append(some.parts)
             if plan.changed:
-                total.add(base, wanted, stored)
+                total.add(*some.compared)
         if plan.changed:
             self.survival.append(total.result(plan.path))
         return [mx.concatenate(parts) if len(parts) > 1 else parts[0] for parts in zip(*pieces, strict=True)]
+
+
+class _Rows(NamedTuple):
+    """Some rows of a layer: W' in float32, what the file holds of it and whether that is finite, and of a changed layer
+    W, W' and what is stored in some of them."""
+
+    fused: mx.array
+    parts: list[mx.array]
+    finite: mx.array
+    compared: tuple[mx.array, ...]
+
+
+def _one_ahead(rows: Iterator[_Rows]) -> Iterator[_Rows]:
+    """The same, of which the first is begun at once."""
+    return itertools.chain([next(rows)], rows)
 
 
 class Writer(Protocol):

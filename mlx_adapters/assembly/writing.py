@@ -28,10 +28,14 @@ Layout = list[tuple[str, str, tuple[int, ...]]]
 
 @dataclass(frozen=True)
 class Unit:
-    """One layer to be written: its tensors as (name, dtype, shape) and how to make them, in that order."""
+    """One layer to be written: its tensors as (name, dtype, shape) and how to make them, in that order.
+
+    `begin` has them computed beside what is done with the one before.
+    """
 
     layout: Layout
     make: Callable[[], list[mx.array]]
+    begin: Callable[[], None] = lambda: None
 
     @property
     def size_bytes(self) -> int:
@@ -94,7 +98,9 @@ def write_weights(
         layout = [entry for unit in shard for entry in unit.layout]
 
         def arrays(shard: list[Unit] = shard) -> Iterator[mx.array]:
-            for unit in shard:
+            for unit, following in zip(shard, [*shard[1:], None], strict=True):
+                if following is not None:
+                    following.begin()
                 made = unit.make()
                 mx.eval(made)
                 while made:

@@ -28,7 +28,7 @@ from mlx_adapters.system.door import mx
 from mlx_adapters.system.limits import out_of_memory
 from mlx_adapters.system.machine import on_gpu
 
-EXPERT_BYTES = 3 << 28  # of the experts that are rounded together, and of their moments
+EXPERT_BYTES = 1 << 30  # of the experts that are rounded together, and of their moments
 TOGETHER_BYTES = 4 << 30  # of the layers that are
 PUTTING = 2  # rounded layers that may wait for the disk
 FEW_SWEEPS = 1  # to a precision that is only to choose from

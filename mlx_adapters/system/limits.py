@@ -9,7 +9,7 @@ import functools
 import resource
 from collections.abc import Iterator
 
-from mlx_adapters.system.machine import on_gpu, usable_memory_bytes
+from mlx_adapters.system.machine import memory_bytes, on_gpu, usable_memory_bytes
 from mlx_adapters.units import count
 
 CACHED = 4  # at most one such part of the memory: a gigabyte taken anew costs a GPU 0.1 s
@@ -62,12 +62,16 @@ def out_of_memory(error: RuntimeError) -> bool:
 
 
 def trim_cache() -> None:
-    """Give back what MLX holds for its next arrays, if it is much (on a CPU it holds nothing)."""
+    """Give back what MLX holds for its next arrays, if it is much (on a CPU it holds little)."""
     import mlx.core as mx
 
-    kept = mx.get_cache_memory()
-    if kept and kept > usable_memory_bytes() // CACHED:
+    if mx.get_cache_memory() > _memory() // CACHED:
         mx.clear_cache()
+
+
+@functools.cache
+def _memory() -> int:
+    return usable_memory_bytes() if on_gpu() else memory_bytes()
 
 
 @contextlib.contextmanager

@@ -127,7 +127,7 @@ def test_what_a_step_needs_is_measured_with_a_gpu_that_does_not_run_ahead(gpu, m
 @pytest.mark.parametrize(("kept", "cleared"), [(0, 0), (3 * GB, 0), (5 * GB, 1)])
 def test_at_most_a_quarter_of_the_memory_is_kept_for_what_comes_next(monkeypatch, kept, cleared):
     calls = []
-    monkeypatch.setattr(limits, "usable_memory_bytes", lambda: 16 * GB)
+    monkeypatch.setattr(limits, "_memory", lambda: 16 * GB)
     monkeypatch.setattr(mx, "get_cache_memory", lambda: kept)
     monkeypatch.setattr(mx, "clear_cache", lambda: calls.append(1))
     limits.trim_cache()
