@@ -69,7 +69,7 @@ class MlxWriter:
     def write(self, assembly: Assembly, folder: Path, rounded: Rounded, on_event: OnEvent) -> Written:
         """Write the weights in shards, what is handed on, config.json, tokenizer and the like."""
         base, twins, config = assembly.base, self.twins(assembly), dict(assembly.base.config)
-        size = write_weights(folder, assembly.units(rounded), on_event)
+        written = write_weights(folder, assembly.units(rounded), on_event)
         if assembly.dtype is not None:
             config |= {key: dtype_name(assembly.dtype) for key in ("torch_dtype", "dtype") if key in config}
         others, missing = self._left_out
@@ -78,7 +78,7 @@ class MlxWriter:
         quantization |= {twin: quantization[own] for twin, own in twins.items() if own in quantization}
         write_config(folder, config, quantization_with(others, base.config, quantization or None))
         copy_companions(base, folder)
-        return Written(size, tuple(notes))
+        return replace(written, notes=tuple(notes))
 
 
 class VlmWriter(MlxWriter):

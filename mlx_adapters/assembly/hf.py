@@ -4,6 +4,7 @@ What mlx-lm makes of such a checkpoint is found by trying (see `checkpoints.prob
 experts that it stacks become one matrix each again, norms lose the one that it adds, transposed matrices are turned.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,12 +88,12 @@ class HfWriter:
         made = {entry[0]: unit for unit in assembly.units(rounded) for entry in unit.layout}
         units = [_unit(group, made) for group in self._groups]
         others = self._others(assembly)
-        size = write_weights(folder, units, on_event, more=others, made_by="pt")
+        written = write_weights(folder, units, on_event, more=others, made_by="pt")
         name = dtype_name(assembly.weight_dtype)
         types = {key: name for key in ("torch_dtype", "dtype") if key in self._config or key == "torch_dtype"}
         write_config(folder, self._config | types, None)
         copy_companions(assembly.base, folder)
-        return Written(size, without_place(assembly.base, "hf", others))
+        return replace(written, notes=without_place(assembly.base, "hf", others))
 
     def _others(self, assembly: Assembly) -> dict[str, StoredTensor]:
         return {name: t for name, t in left_out(assembly.base)[0].items() if name in self._layout.shapes}

@@ -38,6 +38,7 @@ from mlx_adapters.models.loading import load_module
 from mlx_adapters.rounding.packed import Packed, dequantize, to_nearest
 from mlx_adapters.storage import tensor_names
 from mlx_adapters.system.door import mx, nn
+from mlx_adapters.system.machine import on_gpu
 
 Rounded = Callable[[str, Quantization | None], Packed | None]
 
@@ -182,7 +183,7 @@ class Assembly:
                 piece = packed[start:stop] if packed is not None else to_nearest(fused, plan.target, self.scale_dtype)
                 parts, stored = list(piece.tensors.values()), dequantize(piece[some])
             finite, compared = all_finite(*parts), (base[some], fused[some], stored) if plan.changed else ()
-            mx.async_eval(parts, finite, *compared)  # at once: each waits for a thread
+            (mx.async_eval if on_gpu() else mx.eval)(parts, finite, *compared)  # at once: each waits for a thread
             yield _Rows(fused, parts, finite, compared)
 
     def _make_layer(self, plan: LayerPlan, rows: Iterator["_Rows"]) -> list[mx.array]:

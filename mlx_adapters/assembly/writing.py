@@ -7,7 +7,7 @@ the unit read is dropped at once.
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from mlx_adapters.storage import files, paths, tensor_files
 from mlx_adapters.storage.tensor_files import StoredTensor
 from mlx_adapters.system.door import mx
 from mlx_adapters.system.limits import trim_cache
+from mlx_adapters.system.machine import on_gpu
 
 SHARD_BYTES = 5 << 30
 TOKENIZER_CONFIG, TEMPLATE_FILE = "tokenizer_config.json", "chat_template.jinja"
@@ -45,10 +46,12 @@ class Unit:
 
 @dataclass(frozen=True)
 class Written:
-    """What a writer has written: bytes of the weights, and what is to be told about the rest."""
+    """What a writer has written: bytes of the weights, what is to be told about the rest, and SHA-256 of files, if it
+    is known."""
 
     size_bytes: int
     notes: tuple[str, ...] = ()
+    sha256: Mapping[str, str] = field(default_factory=dict)
 
 
 def dtype_name(dtype: mx.Dtype) -> str:
@@ -81,8 +84,8 @@ def write_weights(
     limit: int = SHARD_BYTES,
     more: Mapping[str, StoredTensor] | None = None,
     made_by: str = "mlx",
-) -> int:
-    """Write all units as model*.safetensors with an index; return the bytes of the tensors.
+) -> Written:
+    """Write all units as model*.safetensors with an index.
 
     `more` goes over as it is, in a last shard. `made_by`: the program whose files these are to be taken for. Raises
     StorageError when the disk is too small, before anything is computed.
@@ -91,7 +94,7 @@ def write_weights(
     total = sum(unit.size_bytes for unit in units) + sum(tensor.nbytes for tensor in more.values())
     paths.require_free_space(folder, total + SPARE_BYTES)
     shards = make_shards(units, limit)
-    index: dict[str, str] = {}
+    index, hashes = dict[str, str](), dict[str, str]()
     done = iter(range(1, len(units) + 1))
     for number, shard in enumerate(shards, 1):
         name = _shard_name(number, len(shards) + bool(more))
@@ -99,7 +102,7 @@ def write_weights(
 
         def arrays(shard: list[Unit] = shard) -> Iterator[mx.array]:
             for unit, following in zip(shard, [*shard[1:], None], strict=True):
-                if following is not None:
+                if following is not None and on_gpu():  # (a CPU is busy with this one)
                     following.begin()
                 made = unit.make()
                 mx.eval(made)
@@ -108,14 +111,14 @@ def write_weights(
                 trim_cache()
                 on_event(Progress("write", next(done), len(units), "layer"))
 
-        tensor_files.stream_safetensors(folder / name, layout, arrays(), {"format": made_by})
+        hashes[name] = tensor_files.stream_safetensors(folder / name, layout, arrays(), {"format": made_by}, True)
         index |= {tensor: name for tensor, _, _ in layout}
     if more:
         name = _shard_name(len(shards) + 1, len(shards) + 1)
         tensor_files.copy_tensors(folder / name, more, {"format": made_by})
         index |= dict.fromkeys(more, name)
     files.write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
-    return total
+    return Written(total, sha256=hashes)
 
 
 def _shard_name(number: int, count: int) -> str:

@@ -258,4 +258,7 @@ def _mean_diagonal(fisher: mx.array) -> mx.array:
 def _refuse_not_finite(moments: Moments) -> None:
     sums = [matrix.sum() for matrix in (moments.plain, moments.fisher) if matrix is not None]
     if not mx.isfinite(mx.stack(sums)).all():
-        raise FormatError("The adapter model computes NaN or Inf on the calibration text.", "is the base whole?")
+        raise FormatError(
+            "The adapter model computes NaN or Inf on the calibration text.",
+            "is the base whole, and the adapter's update not far too large? --weight makes it smaller.",
+        )

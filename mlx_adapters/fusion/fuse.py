@@ -128,7 +128,7 @@ def fuse(
     with keeping as spool, folders as folder, ThreadPoolExecutor(1) as hashing:  # locked before drafts are swept
         strategy.round(spool)
         written = writer.write(assembly, folder, spool.get, on_event)
-        hashes = hashing.submit(recipes.weights_sha256, folder)
+        hashes = hashing.submit(recipes.weights_sha256, folder, written.sha256)
         template_notes = _write_template(folder, resolved, [a for a, _ in updates.adapters], options.format)
         opened, unsaid = _hand_over(options, folder, out, resolved, updates)
         template_notes += unsaid

@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,11 +78,14 @@ def _seen(template: TemplateConfig) -> dict[str, Any]:
     return {"chat_template_args": template.chat_template_args} if template.chat_template_args else {}
 
 
-def weights_sha256(folder: Path) -> dict[str, str]:
-    """SHA-256 of each weight file, which then is on the disk and not on its way there: the folder is soon flushed."""
+def weights_sha256(folder: Path, known: Mapping[str, str]) -> dict[str, str]:
+    """SHA-256 of each weight file, which then is on the disk and not on its way there: the folder is soon flushed.
+
+    `known`: of those whose writer knows it.
+    """
     hashes: dict[str, str] = {}
     for path in (path for pattern in WEIGHT_FILES for path in paths.visible(folder, pattern)):
-        hashes[path.name] = files.sha256(path)
+        hashes[path.name] = known.get(path.name) or files.sha256(path)
         flush_path(path, platter=False)
     return hashes
 
