@@ -16,6 +16,7 @@ from mlx_adapters.data.datasets import read_split
 from mlx_adapters.errors import AdapterError, ConfigError, FormatError
 from mlx_adapters.fusion.recipe import read_recipe
 from mlx_adapters.publishing.cards import parse_front
+from mlx_adapters.rows import row as row_module
 from mlx_adapters.storage.tensor_names import FUSE_RECIPE_FILE
 
 BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
@@ -129,6 +130,23 @@ def test_a_damaged_recipe_of_a_run_is_refused(tiny_model, tmp_path, monkeypatch)
         path.write_text(json.dumps(change))
         ended = CliRunner().invoke(cli, ["train", "--resume", "./run"])
         assert ended.exit_code == 0 or isinstance(ended.exception, SystemExit | AdapterError), (change, ended.exception)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"text": "x" * 51},
+        {"prompt": "x" * 30, "completion": "y" * 30},
+        {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y" * 50}]},
+        {"prompt": "x", "chosen": "y", "rejected": "z" * 51},
+    ],
+    ids=lambda values: next(iter(values)),
+)
+def test_a_row_that_no_memory_holds_in_tokens_is_refused(monkeypatch, values):
+    monkeypatch.setattr(row_module, "LONGEST_TEXT", 50)
+    row = row_module.RawRow(values | {"picture": "z" * 1000}, "line 7")
+    with pytest.raises(FormatError, match=r"line 7: the row has \d\d characters, more than the 50"):
+        assert row.canonical and row.rejected.canonical
 
 
 def test_half_characters_and_odd_columns_of_data(tmp_path):

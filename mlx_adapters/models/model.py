@@ -16,6 +16,7 @@ from mlx_adapters.models.layers import attach, check_fits, check_made_for, detac
 from mlx_adapters.surgery.blocks import by_block, find_body
 from mlx_adapters.surgery.groups import Arrays
 from mlx_adapters.system.door import mx, nn
+from mlx_adapters.system.limits import LONGEST_TEXT
 from mlx_adapters.templates.fitting import Fitted, rendered
 
 
@@ -152,7 +153,7 @@ class Model:
         """
         if self.has_template and not raw:
             return self.encode_chat([{"role": "user", "content": prompt}], own=own)
-        _require_unicode(prompt)
+        _require_text(prompt)
         return list(self.tokenizer.encode(prompt))
 
     def encode_chat(
@@ -173,7 +174,7 @@ class Model:
 
         Raises ModelError for what the template refuses and for what is not valid Unicode.
         """
-        _require_unicode(json.dumps([messages, tools], ensure_ascii=False))
+        _require_text(json.dumps([messages, tools], ensure_ascii=False))
         own = self.own_template if own is None else own
         chosen = (template or TemplateConfig()).over(self.template).over(own)
         other = {} if chosen.chat_template is None else {"chat_template": chosen.chat_template}
@@ -228,8 +229,13 @@ class Model:
         return call(ids[None])[0] if ids.ndim == 1 else call(ids)
 
 
-def _require_unicode(text: str) -> None:
-    """Raise ModelError for half a surrogate pair, as a file that is not UTF-8 leaves it: no tokenizer takes that."""
+def _require_text(text: str) -> None:
+    """Raise ModelError for half a surrogate pair, as a file that is not UTF-8 leaves it: no tokenizer takes that; and
+    for a text that no memory would hold in tokens."""
+    if len(text) > LONGEST_TEXT:
+        raise ModelError(
+            f"The prompt has {len(text):,} characters, more than the {LONGEST_TEXT:,} that one may have.", "shorten it."
+        )
     try:
         text.encode()
     except UnicodeEncodeError:

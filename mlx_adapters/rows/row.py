@@ -7,11 +7,13 @@ from functools import cached_property
 from typing import Any
 
 from mlx_adapters.config.data import DataConfig
+from mlx_adapters.errors import FormatError
 from mlx_adapters.rows import shapes
 from mlx_adapters.rows.messages import Message
 from mlx_adapters.rows.preferences import label_of, says_nothing
 from mlx_adapters.rows.shapes import Canonical
 from mlx_adapters.rows.values import is_missing, plain
+from mlx_adapters.system.limits import LONGEST_TEXT
 
 DEFAULTS = DataConfig()
 WEIGHTS = {"0": 0, "0.0": 0, "false": 0, "1": 1, "1.0": 1, "true": 1}
@@ -38,8 +40,15 @@ class RawRow:
 
     @cached_property
     def canonical(self) -> Canonical:
-        """What the row means. Raises FormatError, naming the place, for a shape that nobody knows."""
-        return shapes.recognize(self.values, columns_of(self.read), self.where)
+        """What the row means. Raises FormatError, naming the place, for a shape that nobody knows and a text that no
+        memory would hold in tokens."""
+        found = shapes.recognize(self.values, columns_of(self.read), self.where)
+        if (size := found.characters) > LONGEST_TEXT:
+            raise FormatError(
+                f"{self.where}: the row has {size:,} characters, more than the {LONGEST_TEXT:,} that one may have.",
+                "make several rows of it: of each, --max-seq-length tokens are trained.",
+            )
+        return found
 
     @property
     def format(self) -> str:

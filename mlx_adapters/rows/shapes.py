@@ -62,6 +62,12 @@ class Canonical:
     template_arguments: dict[str, Any] = field(default_factory=dict)
     rejected: Values | None = None
 
+    @property
+    def characters(self) -> int:
+        """How long its texts are together."""
+        said = (value for message in self.messages for value in message.values() if isinstance(value, str))
+        return len(self.text) + sum(map(len, said))
+
 
 def recognize(values: Values, columns: Mapping[str, str], where: str) -> Canonical:
     """What the values of a row mean.

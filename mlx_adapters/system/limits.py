@@ -13,6 +13,7 @@ from mlx_adapters.system.machine import memory_bytes, on_gpu, usable_memory_byte
 from mlx_adapters.units import count
 
 CACHED = 4  # at most one such part of the memory: a gigabyte taken anew costs a GPU 0.1 s
+LONGEST_TEXT = 10_000_000  # characters that are tokenized as one: a tokenizer takes some hundred bytes for each
 MOST_FILES = 10_240  # macOS refuses more, also where the hard limit is "unlimited"
 
 

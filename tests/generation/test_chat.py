@@ -280,3 +280,5 @@ def test_use_base_and_what_is_no_text(model):
     assert all(info.weight is None for info in model.adapters)
     with pytest.raises(ModelError, match="Unicode"):
         list(chat.ask("caf\udcff"))
+    with pytest.raises(ModelError, match=r"has 10,000,0.. characters, more than the 10,000,000"):
+        list(chat.ask("x" * 10_000_001))
