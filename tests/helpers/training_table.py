@@ -81,10 +81,18 @@ WAYS = {
     "dora": Way({"type": "dora"}, {"mask_prompt": True, **CLIPPED}),
     "full": Way({**FULL, "num_layers": 1}, {"memory": "mlp", **CLIPPED}, {"bits": 4, "group_size": 32}),
     "full, named": Way(
-        {**FULL, "target_modules": ("input_layernorm", "v_proj", "embed_tokens")}, CLIPPED, sums_in_any_order=True
+        {**FULL, "target_modules": ("input_layernorm", "v_proj", "embed_tokens", "switch_mlp.up_proj")},
+        CLIPPED,
+        {"architecture": "qwen3_moe"},
+        sums_in_any_order=True,
     ),
     "packing": Way({}, {"packing": True, "max_seq_length": 96, "batch_size": 2, "grad_accumulation": 3, **CLIPPED}),
-    "less memory": Way({}, {"grad_checkpoint": True, "chunked_loss": "on", **CLIPPED}),
+    "less memory, chunks of a gated delta rule": Way(
+        {},
+        {"grad_checkpoint": True, "chunked_loss": "on", "packing": True, "max_seq_length": 72, "batch_size": 1}
+        | {"iterations": 6, **CLIPPED},
+        {"architecture": "qwen3_5"},
+    ),
     "MLPs computed again": Way({}, {"memory": "mlp", **CLIPPED}),
     "hardly any memory": Way({}, {"memory_limit": "1MB", **CLIPPED}),
     "plain loss": Way(
