@@ -1,9 +1,15 @@
 """What each step toward a fast adapter layer brings: decode speed of one model, many ways to attach.
 
-Random weights of a given shape, one adapter of rank 8 on every linear layer of every block. `base` is also what
-a fused model costs: the same matrices. Variants take turns, so that a noisy machine hits all alike. Speed is
-tokens per second from the median time of a step, and from the mean in brackets.
+Random weights of a given shape, one adapter of rank 8 on every linear layer of every block. A fused model's matrices
+are the base's, so that "base, one token" is the fused model as this package runs it, and "groups, one token" an adapter
+as it runs it; "base" and "mlx-lm" are mlx-lm's loop on both. Variants take turns, so that a noisy machine hits all
+alike, and the order turns round with each round. A round's ratio is of its own fused model; the median of rounds
+counts, from the least to the greatest in brackets.
 
+A token takes the longer of two times: the host's, to hand all operations over, and the GPU's, to do them. `--gpu`
+measures the GPU's alone, by its own clock, with all of a token handed over before it begins.
+
+    python scripts/benchmarks/decode.py --shapes 4b --batches 1 --only "base, one token" "groups, one token" [--gpu]
     python scripts/benchmarks/decode.py --shapes 8b 0.5b --batches 1 16 --json decode.json
     python scripts/benchmarks/decode.py --shapes 135m --bits 0 --dtype float32 --tokens 4 --rounds 20    # a CPU
 """
@@ -12,9 +18,14 @@ import argparse
 import contextlib
 import json
 import math
+import os
 import statistics
+import sys
 import time
 from functools import partial
+
+if "--gpu" in sys.argv:  # a token as one graph; MLX reads it once
+    os.environ |= {"MLX_MAX_OPS_PER_BUFFER": "4000", "MLX_MAX_MB_PER_BUFFER": "100000"}
 
 import mlx_adapters  # noqa: F401  (before mlx: it sees to a fast BLAS)
 
@@ -37,6 +48,7 @@ from mlx_adapters.runtime.pool import AdapterPool
 from mlx_adapters.runtime.sites import Concatenated, at_path, replace_layers
 from mlx_adapters.surgery.blocks import by_block
 from mlx_adapters.surgery.calls import intercept
+from mlx_adapters.system.gpu_kernels import build_quickly
 
 SHAPES = {
     "8b": (
@@ -114,6 +126,15 @@ SHAPES = {
     ),
 }
 RANK, SCALE, ADAPTERS = 8, 2.0, 8
+FUSED = "base, one token"
+CLOCK = """
+if (threadIdx.x == 0) {
+  unsigned long long now;
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+  for (int i = 0; i < 2; ++i) when[i] = (unsigned) (now >> 32 * i);
+}
+for (int i = threadIdx.x; i < x_shape[0]; i += 32) same[i] = x[i];
+"""
 
 
 class Padded(ForAll):
@@ -272,13 +293,20 @@ def called(variant, model):
     return OneToken(model, after=0) if variant.endswith("one token") else model
 
 
-def decode(variant, model, batch, tokens, clock, before=16):
-    """Seconds of each of `tokens` steps of `batch` rows after a prompt of `before` tokens."""
+def decode(variant, model, batch, tokens, clock, before=16, gpu=False):
+    """Seconds of each of `tokens` steps of `batch` rows after a prompt of `before` tokens; or the GPU's own."""
     cache, model = make_prompt_cache(model), called(variant, model)
     y = mx.argmax(model(mx.zeros((batch, before), dtype=mx.uint32), cache=cache)[:, -1], axis=-1)
     mx.eval(y)
+    stamp = build_quickly("stamp", ["x"], ["same", "when"], CLOCK, "") if gpu else None
     steps, start = [], clock()
     for _ in range(tokens):
+        if stamp is not None:
+            y, began = stamped(stamp, y)
+            y, ended = stamped(stamp, mx.argmax(model(y[:, None], cache=cache)[:, -1], axis=-1))
+            began, ended = (int(low) + (int(high) << 32) for low, high in (began.tolist(), ended.tolist()))
+            steps.append((ended - began) * 1e-9)
+            continue
         following = mx.argmax(model(y[:, None], cache=cache)[:, -1], axis=-1)
         mx.async_eval(following)
         mx.eval(y)
@@ -287,6 +315,18 @@ def decode(variant, model, batch, tokens, clock, before=16):
         start = clock()
     mx.eval(y)
     return steps[1:]
+
+
+def stamped(stamp, x):
+    """(x, the GPU's nanoseconds when it is there, in two words)."""
+    return stamp(
+        inputs=[x],
+        template=[],
+        grid=(32, 1, 1),
+        threadgroup=(32, 1, 1),
+        output_shapes=[x.shape, (2,)],
+        output_dtypes=[x.dtype, mx.uint32],
+    )
 
 
 def prefill(variant, model, batch, tokens, clock):
@@ -324,7 +364,7 @@ def run(shape, batch, options, clock):
             with context():
                 computed = logits(model, batch)[0]
                 mx.eval(computed)
-                decode(name, model, batch, 4, clock, options.before)
+                decode(name, model, batch, 4, clock, options.before, options.gpu)
                 for tokens in options.prefill:
                     prefill(name, model, batch, tokens, clock)
         except Exception as failure:
@@ -333,41 +373,42 @@ def run(shape, batch, options, clock):
         reference = computed if name == "mlx-lm" else reference
         if reference is not None:
             notes["error"] = (mx.abs(computed - reference).max() / mx.abs(reference).max()).item()
-        ready[name], results[name] = (model, context), {**notes, "steps": [], "prefill": {}}
+        ready[name], results[name] = (model, context), {**notes, "rounds": [], "prefill": {}}
         print(f"  {name} ready after {time.time() - begun:.0f} s", flush=True)
-    for _ in range(options.rounds):
-        for name, (model, context) in ready.items():
-            if time.time() - begun < options.budget:
-                with context():
-                    results[name]["steps"] += decode(name, model, batch, options.tokens, clock, options.before)
-                    for tokens in options.prefill:
-                        seconds = results[name]["prefill"].setdefault(tokens, [])
-                        seconds.append(prefill(name, model, batch, tokens, clock))
+    for number in range(options.rounds):
+        if time.time() - begun > options.budget:
+            break
+        for name in list(ready)[:: -1 if number % 2 else 1]:
+            model, context = ready[name]
+            with context():
+                steps = decode(name, model, batch, options.tokens, clock, options.before, options.gpu)
+                results[name]["rounds"].append(steps)
+                for tokens in options.prefill:
+                    seconds = results[name]["prefill"].setdefault(tokens, [])
+                    seconds.append(prefill(name, model, batch, tokens, clock))
     show(shape, batch, options, results, time.time() - begun)
     return {"shape": shape, "batch": batch, "results": results}
 
 
 def show(shape, batch, options, results, seconds):
+    fused = FUSED if FUSED in results else "base"
     print(
-        f"\n{shape}, {options.bits or 'no'} bits, {options.dtype}, batch {batch}, rank {RANK}, "
-        f"{options.rounds} rounds of {options.tokens} tokens, {mx.default_device()}, {seconds:.0f} s"
+        f"\n{shape}, {options.bits or 'no'} bits, {options.dtype}, batch {batch}, rank {RANK}, after {options.before} "
+        f"tokens, rounds of {options.tokens}, {mx.default_device()}{', its own time' if options.gpu else ''}, "
+        f"{seconds:.0f} s"
     )
-    print(
-        f"{'variant':18}{'tok/s':>8}{'(mean)':>9}{'best 10%':>9}{'of base':>9}{'(mean)':>8}{'(best)':>8}"
-        f"{'error':>9}{'switch ms':>10}{'attach s':>9}"
-    )
+    print(f"{'variant':18}{'ms a token':>11}{'tok/s':>8}   of {fused!r:24}{'error':>9}{'switch ms':>10}{'attach s':>9}")
     for name, result in results.items():
-        steps = sorted(result["steps"])
-        if not steps:
+        means = [statistics.mean(steps) for steps in result["rounds"]]
+        if not means or not results.get(fused, {}).get("rounds"):
             continue
-        figures = [batch / statistics.median(steps), batch / statistics.mean(steps), batch / steps[len(steps) // 10]]
-        result["tokens_per_second"] = dict(zip(("median", "mean", "best_tenth"), figures, strict=True))
-        base = results["base"]["tokens_per_second"].values()
-        ratios = [figure / of for figure, of in zip(figures, base, strict=True)]
+        pairs = zip(results[fused]["rounds"], means, strict=True)
+        ratios = sorted(statistics.mean(steps) / own for steps, own in pairs)
+        result["seconds"], result["of_fused"] = statistics.median(means), statistics.median(ratios)
+        figures = f"{result['of_fused']:.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})"
         print(
-            f"{name:18}{figures[0]:8.1f}{figures[1]:9.1f}{figures[2]:9.1f}{ratios[0]:9.3f}{ratios[1]:8.3f}"
-            f"{ratios[2]:8.3f}{result.get('error', 0):9.1e}{result.get('switch_ms', 0):10.2f}"
-            f"{result.get('attach_seconds', 0):9.2f}",
+            f"{name:18}{1e3 * result['seconds']:11.3f}{batch / result['seconds']:8.1f}   {figures:27}"
+            f"{result.get('error', 0):9.1e}{result.get('switch_ms', 0):10.2f}{result.get('attach_seconds', 0):9.2f}",
             flush=True,
         )
     for tokens in options.prefill:
@@ -394,6 +435,7 @@ def main():
     parser.add_argument("--prefill", nargs="*", type=int, default=[], help="tokens of prompts to read, too")
     parser.add_argument("--only", nargs="+", help="some of the variants")
     parser.add_argument("--budget", type=float, default=300, help="seconds for each shape and batch")
+    parser.add_argument("--gpu", action="store_true", help="the GPU's own time (CUDA)")
     parser.add_argument("--cpu-time", action="store_true", help="count the process's CPU seconds (busy machine)")
     parser.add_argument("--json")
     options = parser.parse_args()
