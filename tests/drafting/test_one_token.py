@@ -26,8 +26,9 @@ COUNT = 2 * attention.RECENT + 9  # tokens: what lies beside the cache goes into
 
 @pytest.fixture(autouse=True)
 def plain_attention(monkeypatch):
-    """On CUDA, too: its kernel is for wider heads than these models have."""
+    """On CUDA, too: its kernel is for wider heads than these models have. And no step but where a test asks for it."""
     monkeypatch.setattr(attention, "on_cuda", lambda: False)
+    monkeypatch.setattr(one_token, "serves", lambda: False)
     attention.is_right.cache_clear()
     yield
     attention.is_right.cache_clear()
