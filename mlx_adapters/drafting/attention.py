@@ -13,12 +13,12 @@ The newest keys and values lie beside the cache, so that a step changes nothing 
 import hashlib
 import math
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
-from mlx_adapters.models.quantized_check import remembered
+from mlx_adapters.models.quantized_check import tried
 from mlx_adapters.system.door import mx
-from mlx_adapters.system.gpu_kernels import ATTENTION, FEW, build, spelled, ways
+from mlx_adapters.system.gpu_kernels import ATTENTION, FEW, build, spelled
 from mlx_adapters.system.machine import on_cuda
 
 RECENT = 32  # tokens whose keys and values lie beside the cache
@@ -152,12 +152,8 @@ def is_right(dtype: mx.Dtype, widths: tuple[int, int]) -> bool:
     if not on_cuda():
         return True
     text = hashlib.sha256((SOURCE + FEW).encode()).hexdigest()
-    for way in ways() if set(widths) <= set(WIDTHS) else ():
-        _built[dtype] = way
-        kind = f"attend {text[:16]}, {dtype}, {widths[0]} and {widths[1]} wide, {way.__name__}"
-        if remembered(kind, lambda: _error(dtype, widths)) <= MOST_ERROR:
-            return True
-    return False
+    kind = f"attend {text[:16]}, {dtype}, {widths[0]} and {widths[1]} wide"
+    return set(widths) <= set(WIDTHS) and tried(kind, _built, dtype, partial(_error, dtype, widths), MOST_ERROR)
 
 
 def _error(dtype: mx.Dtype, widths: tuple[int, int]) -> float:

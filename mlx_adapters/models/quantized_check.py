@@ -28,6 +28,7 @@ from mlx_adapters.models.layers import weight_layers
 from mlx_adapters.storage import files, paths
 from mlx_adapters.storage.tensor_names import BIAS, SCALES
 from mlx_adapters.system.door import mx, nn
+from mlx_adapters.system.gpu_kernels import ways
 from mlx_adapters.system.machine import usable_memory_bytes
 from mlx_adapters.units import count, size
 
@@ -97,6 +98,18 @@ def remembered(kind: str, measure: Callable[[], float]) -> float:
     if math.isfinite(error):
         _write(known | {kind: error})
     return error
+
+
+def tried(
+    kind: str, built: dict[mx.Dtype, Callable[..., Any]], dtype: mx.Dtype, error: Callable[[], float], most: float
+) -> bool:
+    """Whether a kernel of our own is no more than `most` off, in one of the ways to build it, which `built` has then
+    for this type."""
+    for way in ways():
+        built[dtype] = way
+        if remembered(f"{kind}, {way.__name__}", error) <= most:
+            return True
+    return False
 
 
 def _make_dense(module: nn.Module, wrong: dict[str, nn.Module], dtype: mx.Dtype, say: bool) -> None:

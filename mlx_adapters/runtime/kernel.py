@@ -8,13 +8,13 @@ Sums are in float32 and rounded once. One text serves CUDA and Metal; `WORDS` ho
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from itertools import accumulate
 from typing import Any
 
-from mlx_adapters.models.quantized_check import remembered
+from mlx_adapters.models.quantized_check import tried
 from mlx_adapters.system.door import mx
-from mlx_adapters.system.gpu_kernels import Language, build, language, spelled, ways
+from mlx_adapters.system.gpu_kernels import Language, build, language, spelled
 from mlx_adapters.system.machine import on_gpu
 
 MOST_TOKENS, MOST_RANKS = 16, 64  # beyond them products are faster; registers hold the sums of so many ranks
@@ -193,11 +193,7 @@ def _zeros(count: int) -> mx.array:
 @cache
 def _tried(dtype: mx.Dtype) -> bool:
     text = hashlib.sha256((source(language(), [*ALWAYS, "gain", "shift"]) + HEADERS[language()]).encode()).hexdigest()
-    for way in ways():
-        _built[dtype] = way
-        if remembered(f"add_update {text[:16]}, {dtype}, {way.__name__}", lambda: _error(dtype)) <= MOST_ERROR:
-            return True
-    return False
+    return tried(f"add_update {text[:16]}, {dtype}", _built, dtype, partial(_error, dtype), MOST_ERROR)
 
 
 def _error(dtype: mx.Dtype) -> float:

@@ -9,6 +9,7 @@ import weakref
 import mlx.core as mx
 import pytest
 
+from mlx_adapters.models import quantized_check
 from mlx_adapters.runtime import additions, kernel
 from mlx_adapters.runtime.factors import Factors
 
@@ -34,7 +35,7 @@ def test_blocks_of_threads_are_shared_out_among_layers():
 def gpu(monkeypatch):
     """What is said to be a GPU, whose kernel computes what `kernel.add_update` is set to."""
     monkeypatch.setattr(kernel, "on_gpu", lambda: True)
-    monkeypatch.setattr(kernel, "remembered", lambda kind, measure: measure())
+    monkeypatch.setattr(quantized_check, "remembered", lambda kind, measure: measure())
     kernel._tried.cache_clear()
     yield monkeypatch
     kernel._tried.cache_clear()
