@@ -76,12 +76,12 @@ def test_what_it_is_not_made_for_is_computed_as_before(cuda, options):
     assert mx.allclose(got, right, rtol=2e-2, atol=1e-4)
 
 
-@pytest.mark.parametrize("answer", [lambda *given: [2 * part for part in honest(*given)], ValueError], ids=str)
-def test_where_it_is_wrong_it_is_not_used(cuda, answer):
+@pytest.mark.parametrize("wrong", ["lies", "raises"])
+def test_where_it_is_wrong_it_is_not_used(cuda, wrong):
     def lying(*given):
-        if answer is ValueError:
+        if wrong == "raises":
             raise ValueError("no such kernel")
-        return answer(*given)
+        return [2 * part for part in honest(*given)]
 
     cuda.setattr(product_kernel, "product_and_update", lying)
     got, right = outputs()
