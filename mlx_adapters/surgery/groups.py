@@ -17,6 +17,7 @@ from typing import Any
 from mlx.utils import tree_flatten
 
 from mlx_adapters.errors import AdapterError
+from mlx_adapters.storage.replacing import stat_of
 from mlx_adapters.storage.tensor_files import StoredTensor, frame, stored_tensors
 from mlx_adapters.storage.tensor_names import BIAS, QUANTIZED_LEAVES, join
 from mlx_adapters.surgery.calls import intercept
@@ -99,6 +100,7 @@ def read_into_place(
     }
     wanted, places = _wanted(module, groups, origins)
     read = read_joined(wanted)
+    origins.require_unchanged()
     module.load_weights([(name, read[first]) for name, first in places.items()], strict=False)
     laid: dict[tuple[str, ...], Arrays] = {}
     for paths, group in groups.items():
@@ -137,6 +139,7 @@ class Origins:
     def __init__(self) -> None:
         self._places: dict[int, tuple[weakref.ref, Path, str]] = {}
         self._files: dict[Path, dict[str, StoredTensor]] = {}
+        self._versions: dict[Path, Any] = {}
 
     def __enter__(self) -> "Origins":
         self._before = _noting.set(self)
@@ -148,6 +151,7 @@ class Origins:
     def note(self, file: Any, arrays: Any) -> None:
         """`arrays`, by their names, are those of a file."""
         if isinstance(file, str) and isinstance(arrays, dict):
+            self._versions[Path(file)] = _version(Path(file))
             places = {id(array): (weakref.ref(array), Path(file), name) for name, array in arrays.items()}
             self._places.update(places)
 
@@ -155,6 +159,12 @@ class Origins:
         """The tensors of files that these arrays are; none if one of them is anything else, or is changed."""
         found = [self._of(array) for array in arrays]
         return [] if None in found else [tensor for tensor in found if tensor is not None]
+
+    def require_unchanged(self) -> None:
+        """Raise OSError if a file was replaced since: MLX would have gone on with the old one."""
+        for path in self._files:
+            if _version(path) != self._versions[path]:
+                raise OSError(f"'{path}' was changed while it was read")
 
     def _of(self, array: mx.array) -> StoredTensor | None:
         held, path, name = self._places.get(id(array), (None, Path(), ""))
@@ -169,6 +179,11 @@ class Origins:
             with suppress(AdapterError):
                 self._files[path] = stored_tensors(path)
         return self._files[path].get(name)
+
+
+def _version(path: Path) -> Any:
+    stat = stat_of(path)
+    return stat and (stat.st_ino, stat.st_size, stat.st_mtime_ns)
 
 
 _noting: ContextVar[Origins | None] = ContextVar("noting", default=None)

@@ -65,3 +65,15 @@ def test_a_file_that_became_shorter_is_told_of(tiny_model, tmp_path):
     os.truncate(path, path.stat().st_size // 2)
     with pytest.raises(OSError, match="shorter than it was"):
         groups.read_joined(wanted)
+
+
+def test_a_file_that_is_replaced_meanwhile_is_told_of(tiny_model, tmp_path):
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_model(), folder)
+    with groups.Origins() as origins:
+        module = loading.load_module(resolve_base(folder))[0]
+    path = next(folder.glob("*.safetensors"))
+    shutil.copy(path, tmp_path / "other")
+    (tmp_path / "other").replace(path)
+    with pytest.raises(OSError, match="changed while it was read"):
+        groups.read_into_place(module, dict(loading.adaptable_layers(module)), origins)
