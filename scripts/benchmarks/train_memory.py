@@ -61,7 +61,12 @@ SHAPES = {
     | {"vocab_size": 4096},
 }
 OURS = {"ours": "nothing", "ours, MLP recomputed": "mlp", "ours, blocks recomputed": "blocks"}
-THEIRS = {"mlx-lm": False, "mlx-lm, blocks recomputed": True}
+THEIRS = {  # what of ours they have; the middle two, on the way to ours, for a Qwen 3 with tied embeddings
+    "mlx-lm": set(),
+    "mlx-lm, head on trained tokens": {"head"},
+    "mlx-lm, and layers in the model's type": {"head", "type"},
+    "mlx-lm, blocks recomputed": {"blocks"},
+}
 
 
 def model_of(shape: str):
@@ -163,37 +168,66 @@ def ours(module, options: argparse.Namespace, again: str, world=None) -> list[Ca
     return [lambda draw=draw: (made.take(draw, 1e-5).loss.item(), draw.real_tokens) for draw in draws]
 
 
-def theirs(module, options: argparse.Namespace, checkpoint: bool) -> list[Callable[[], tuple[float, int]]]:
-    """Updates as `mlx_lm.tuner.trainer.train` makes them, on the batches that it makes."""
+def theirs(module, options: argparse.Namespace, changes: set[str]) -> list[Callable[[], tuple[float, int]]]:
+    """Updates as `mlx_lm.tuner.trainer.train` makes them, on the batches that it makes, with `changes` of THEIRS."""
     import mlx.core as mx
     import mlx.nn as nn
     import mlx.optimizers as optim
-    from mlx_lm.tuner import datasets, trainer, utils
+    from mlx_lm.tuner import datasets, lora, trainer, utils
 
     from mlx_adapters.system.machine import on_gpu
 
     utils.linear_to_lora_layers(module, len(module.layers), {"rank": RANK, "scale": SCALE, "dropout": 0.0})
-    if checkpoint:
+    if "blocks" in changes:
         trainer.grad_checkpoint(module.layers[0])
+    if "type" in changes:
+        lora.LoRALinear.__call__ = in_the_models_type
     module.train()
-    optimizer, gradient = optim.Adam(1e-5), nn.value_and_grad(module, trainer.default_loss)
+    loss_of = loss_of_trained if "head" in changes else trainer.default_loss
+    optimizer, gradient = optim.Adam(1e-5), nn.value_and_grad(module, loss_of)
     state = [module.state, optimizer.state, mx.random.state]
     given = trainer.iterate_batches(datasets.CacheDataset(Texts(rows_of(options))), options.batch, 2048)
     batches = list(given)
 
-    def step(batch: mx.array, lengths: mx.array) -> mx.array:
-        (loss, _), gradients = gradient(module, batch, lengths)
+    def step(batch: mx.array, where: mx.array) -> mx.array:
+        (loss, _), gradients = gradient(module, batch, where)
         optimizer.update(module, gradients)
         return loss
 
     compiled = partial(mx.compile, inputs=state, outputs=state)(step) if on_gpu() else step
 
     def update(batch: mx.array, lengths: mx.array) -> tuple[float, int]:
-        loss = compiled(batch, lengths)
+        loss = compiled(batch, trained_places(batch, lengths) if "head" in changes else lengths)
         mx.eval(state, loss)
         return loss.item(), int(lengths[:, 1].sum().item())
 
     return [partial(update, *batch) for batch in batches]
+
+
+def trained_places(batch, lengths):
+    """Which of all (rows · tokens) predictions count, as `trainer.default_loss` has it."""
+    import mlx.core as mx
+
+    steps = np.arange(1, batch.shape[1])
+    counts = (steps >= np.array(lengths)[:, :1]) & (steps <= np.array(lengths)[:, 1:])
+    return mx.array(np.flatnonzero(counts))
+
+
+def loss_of_trained(module, batch, places):
+    """`trainer.default_loss`, with logits of the trained tokens alone."""
+    import mlx.core as mx
+    import mlx.nn as nn
+
+    hidden = module.model(batch[:, :-1])
+    logits = module.model.embed_tokens.as_linear(hidden.reshape(-1, hidden.shape[-1])[places])
+    losses = nn.losses.cross_entropy(logits, batch[:, 1:].flatten()[places])
+    return losses.astype(mx.float32).mean(), places.size
+
+
+def in_the_models_type(layer, x):
+    """mlx-lm's LoRALinear, its float32 A and B as numbers of x's type, so that no input is kept in float32."""
+    y = layer.linear(x)
+    return y + (x @ layer.lora_a.astype(x.dtype)) @ (layer.scale * layer.lora_b).astype(x.dtype)
 
 
 class Texts:
@@ -217,11 +251,11 @@ class Texts:
 def measure(module, way: str, options: argparse.Namespace) -> dict:
     """Milliseconds a step (median) and peak bytes, and the module without adapter layers again."""
     import mlx.core as mx
+    from mlx_lm.tuner.lora import LoRALinear
 
     from mlx_adapters.models.layers import detach
 
-    kind = type(module.layers[0])
-    call = kind.__call__
+    changed = {kind: kind.__call__ for kind in (type(module.layers[0]), LoRALinear)}
     mx.random.seed(SEED)
     module.freeze()
     began = time.perf_counter()
@@ -253,7 +287,8 @@ def measure(module, way: str, options: argparse.Namespace) -> dict:
         "ready_seconds": ready,
     }
     del update, updates
-    kind.__call__ = call  # mlx-lm's checkpointing changes the class
+    for kind, call in changed.items():  # mlx-lm's checkpointing changes the class, too
+        kind.__call__ = call
     detach(module)
     module.unfreeze()
     gc.collect()
