@@ -17,6 +17,10 @@ import hypothesis
 import pytest
 
 import mlx_adapters  # noqa: F401  (before mlx: it loads the fast BLAS on Linux)
+from mlx_adapters.system import machine
+
+if os.environ.get("MLX_ADAPTERS_AS_ON_GPU"):  # what is chosen on a GPU is chosen here, too, and computed on the CPU
+    machine.on_gpu = lambda: True
 
 # The same examples everywhere, however long one takes; MLX_ADAPTERS_SEARCH=1 looks for others.
 hypothesis.settings.register_profile("steady", deadline=None, derandomize=True)

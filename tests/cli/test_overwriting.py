@@ -141,6 +141,17 @@ def test_what_a_command_reads_is_not_replaced(place, what):
     assert tree(place) == before
 
 
+def test_what_is_read_is_known_in_other_letters(place, monkeypatch):
+    """A disk that knows no case: a link stands for it that nothing resolves."""
+    (place / "FUSED").symlink_to(place / "fused")
+    monkeypatch.setattr(Path, "resolve", lambda path, strict=False: path.absolute())
+    before = tree(place)
+    for read, out in (("FUSED", "fused"), ("fused", "FUSED")):
+        message = run(*FUSE, "--base", f"./{read}", f"./{out}", "--any-base", "--overwrite", code=1)
+        assert "is read, and would be replaced" in message
+    assert tree(place) == before
+
+
 READMES = {
     "export-peft": (OWN["export-peft"], FOLDERS["export-peft"]),
     "fuse": (OWN["fuse"], FOLDERS["fuse"]),
