@@ -9,6 +9,7 @@ from typing import Any
 
 from mlx_adapters.drafting import one_token
 from mlx_adapters.surgery.caches import merged
+from mlx_adapters.surgery.cuda import hand_over
 from mlx_adapters.surgery.padded import give_room
 from mlx_adapters.system.door import KVCache, mx, nn
 
@@ -55,10 +56,12 @@ class Batch:
         if not self.layers:
             self.alone = len(caches) == 1
             self.layers = caches[0] if self.alone else merged(caches)
+            self._hand_over()
             return
         self.layers, self.alone = merged([self.layers]) if self.alone else self.layers, False
         for mine, more in zip(self.layers, merged(caches), strict=True):
             mine.extend(more)
+        self._hand_over()
 
     def row(self, number: int) -> list[Any]:
         """The cache of one row."""
@@ -74,6 +77,11 @@ class Batch:
             which = mx.array(rows)
             for layer in self.layers:
                 layer.filter(which)
+            self._hand_over()
+
+    def _hand_over(self) -> None:
+        for layer in self.layers:
+            hand_over(layer.state)
 
     def clear(self) -> None:
         """Let all rows go, whatever came of the last step."""

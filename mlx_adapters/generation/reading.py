@@ -19,6 +19,7 @@ from mlx_adapters.prompt_caches.probing import comes_back
 from mlx_adapters.prompt_caches.tree import PrefixTree
 from mlx_adapters.runtime.pool import AdapterPool
 from mlx_adapters.surgery.caches import read_rows, reads_rows
+from mlx_adapters.surgery.cuda import hand_over
 from mlx_adapters.system.door import mx, nn
 from mlx_adapters.system.machine import on_gpu
 
@@ -144,6 +145,7 @@ class Reader:
         reading = Reading(request, self._make_cache())
         if not request.scores and self.known.limit:
             reading.cache, reading.done = self.known.find(request.weights, request.prompt[:-1])
+            hand_over([layer.state for layer in reading.cache] if reading.done else [])
             request.cached_tokens = reading.done
             if self.known.by_moments:  # then a message's end is a place to go on from
                 ends = [i + 1 for i, token in enumerate(request.prompt[:-1]) if token in request.stop_tokens]

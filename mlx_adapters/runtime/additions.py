@@ -143,13 +143,15 @@ class Rows:
 
 class PerRow:
     """Another adapter for each row: the factors of slot `rows.slots[i]` for row i (Punica, arXiv 2310.18547;
-    S-LoRA, arXiv 2311.03285). `stacked` holds (slots, ..., r, in) and (slots, ..., out, r); slot 0 is all zero."""
+    S-LoRA, arXiv 2311.03285). `factors` are stacked: (slots, ..., r, in) and (slots, ..., out, r); slot 0 is all zero.
+    `rows` may be others' from one batch to the next."""
 
     def __init__(self, stacked: Factors, rows: Rows) -> None:
-        self.stacked, self.rows, a = stacked, rows, stacked.a
+        self.factors, self.rows, a = stacked, rows, stacked.a
         if stacked.b.ndim == 3:  # of linear layers
             a = a.reshape(a.shape[0], -1, a.shape[-1])  # (slots, layers · r, in)
         self.a, self.b = a.swapaxes(-1, -2), stacked.b.swapaxes(-1, -2)
+        self._compiled: Callable[[mx.array, mx.array], list[mx.array]] | None = None
 
     @property
     def parts(self) -> tuple["PerRow"]:
@@ -158,11 +160,10 @@ class PerRow:
 
     def linears(self, y: mx.array, x: mx.array, widths: Sequence[int]) -> list[mx.array]:
         """The outputs of linear layers on x (rows, ..., in), from what they computed, y (rows, ..., Σ widths)."""
-        f, rank = self.stacked, self.b.shape[-2]
+        f, rank = self.factors, self.b.shape[-2]
         slots, order = self.rows.spread(x.shape[:-1])  # each (tokens,)
         if kernel.serves(y, x, f.b):
-            a = f.a.reshape(-1, len(widths), rank, x.shape[-1])
-            return split(kernel.add_update(y, x, a, f.b, widths, slots, f.gain, f.shift), widths)
+            return self._by_kernel(y, x, widths, slots)
         if f.gain is not None:
             y = y * f.gain[slots].reshape(y.shape)
             if f.shift is not None:
@@ -176,15 +177,28 @@ class PerRow:
         parts = zip(split(y, widths), split(z, [rank] * len(widths)), split(self.b, widths), strict=True)
         return [part + mx.gather_mm(low, high, order, slots).reshape(part.shape) for part, low, high in parts]
 
+    def _by_kernel(self, y: mx.array, x: mx.array, widths: Sequence[int], slots: mx.array) -> list[mx.array]:
+        f = self.factors
+        a = f.a.reshape(-1, len(widths), f.b.shape[-1], x.shape[-1])
+        return split(kernel.add_update(y, x, a, f.b, widths, slots, f.gain, f.shift), widths)
+
+    def compiled(self, product: Product, widths: Sequence[int]) -> Callable[[mx.array], list[mx.array]]:
+        """See ForAll."""
+        if self._compiled is None:
+            twin = copy(self)
+            self._compiled = compiled(lambda x, slots: twin._by_kernel(product(x), x, widths, slots))
+        made = self._compiled
+        return lambda x: made(x, self.rows.spread(x.shape[:-1])[0])
+
     def lookup(self, y: mx.array, ids: mx.array) -> mx.array:
         """y (rows, tokens, dim) and ids (rows, tokens)."""
         slots, order = self.rows.spread(ids.shape)
-        vocabulary, rank = self.stacked.b.shape[1:]
+        vocabulary, rank = self.factors.b.shape[1:]
         flat = slots * vocabulary + ids.flatten()
-        if self.stacked.gain is not None:
-            y = y * self.stacked.gain.flatten()[flat].reshape(*ids.shape, 1)
-        z = self.stacked.b.reshape(-1, rank)[flat][:, None]  # (tokens, 1, r)
-        return y + mx.gather_mm(z, self.stacked.a, order, slots).reshape(y.shape)
+        if self.factors.gain is not None:
+            y = y * self.factors.gain.flatten()[flat].reshape(*ids.shape, 1)
+        z = self.factors.b.reshape(-1, rank)[flat][:, None]  # (tokens, 1, r)
+        return y + mx.gather_mm(z, self.factors.a, order, slots).reshape(y.shape)
 
     def experts(self, y: mx.array, x: mx.array, indices: mx.array, sorted_indices: bool) -> mx.array:
         """y (rows, tokens, k, 1, out), or flat and sorted by expert."""
@@ -229,8 +243,8 @@ Addition = ForAll | PerRow | InTurn
 def outputs_of(update: Addition, product: Product, x: mx.array, widths: Sequence[int]) -> list[mx.array]:
     """The outputs of linear layers on x (..., in), of which `product` gives the base's.
 
-    For one token on a GPU by a compiled function: Python takes longer to build the operations than a GPU to do them.
+    For few tokens on a GPU by a compiled function: Python takes longer to build the operations than a GPU to do them.
     """
-    if x.size == x.shape[-1] and isinstance(update, ForAll) and kernel.serves(x, x, update.factors.b):
+    if isinstance(update, ForAll | PerRow) and kernel.serves(x, x, update.factors.b):
         return update.compiled(product, widths)(x)
     return update.linears(product(x), x, widths)

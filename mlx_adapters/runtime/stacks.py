@@ -22,11 +22,11 @@ class Stacks:
         for entry in entries:
             groups.setdefault(entry.adapter.config.rank, []).append(entry)
         self._places = {e: (rank, slot) for rank, equal in groups.items() for slot, e in enumerate(equal, start=1)}
-        self._stacks: dict[int, dict[Site, Factors]] = {rank: {} for rank in groups}
+        self._stacks: dict[int, dict[Site, PerRow]] = {rank: {} for rank in groups}
         for site in sites:
             for rank, equal in groups.items():
                 if any(site in entry.factors for entry in equal):
-                    self._stacks[rank][site] = _stacked(site, equal)
+                    self._stacks[rank][site] = PerRow(_stacked(site, equal), Rows([]))
         self._latest: tuple[tuple[Attached | None, ...], dict[Site, Addition]] = ((), {})
 
     def updates(self, entries: Sequence[Attached | None]) -> dict[Site, Addition]:
@@ -36,8 +36,9 @@ class Stacks:
             parts_of: dict[Site, list[PerRow]] = {}
             for rank in sorted({rank for rank, slot in places if slot}):
                 rows = Rows([slot if of == rank else 0 for of, slot in places])
-                for site, stacked in self._stacks[rank].items():
-                    parts_of.setdefault(site, []).append(PerRow(stacked, rows))
+                for site, update in self._stacks[rank].items():
+                    update.rows = rows
+                    parts_of.setdefault(site, []).append(update)
             made: dict[Site, Addition] = {
                 site: parts[0] if len(parts) == 1 else InTurn(parts) for site, parts in parts_of.items()
             }

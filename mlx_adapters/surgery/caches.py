@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from mlx_adapters.surgery.calls import intercept
+from mlx_adapters.surgery.cuda import hand_over
 from mlx_adapters.surgery.padded import PaddedCache
 from mlx_adapters.system.door import KVCache, make_prompt_cache, mx, nn
 
@@ -123,6 +124,8 @@ def read_rows(module: nn.Module, caches: Sequence[list[Any]], pieces: Sequence[S
     lengths = [len(piece) for piece in pieces]
     padding = [max(lengths) - length for length in lengths]
     rows = merged(caches)
+    for layer in rows:
+        hand_over(layer.state)
     if any(padding):
         for layer in rows:
             layer.prepare(lengths=lengths, right_padding=padding)

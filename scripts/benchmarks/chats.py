@@ -1,12 +1,13 @@
 """Chats of several clients with this server and with mlx-lm's, in one run on one machine.
 
     python scripts/benchmarks/chats.py [--base demo] [base long adapter mixed structured] [--rounds 3] [--json FILE]
-    python scripts/benchmarks/chats.py --shape 4b            # random weights of that shape, 4 bits on a GPU
+    python scripts/benchmarks/chats.py --shape 4b --seconds 140    # random weights of that shape, 4 bits on a GPU
 
 Each client has a chat of five turns: it sends what was said so far and a new text of its own, and reads the answer as
-it is written, a fixed number of tokens (the end tokens are forbidden by `logit_bias`). In each round all sides of a leg
-take turns, in shuffled order, with new texts; shown are medians and, in brackets, the range over the rounds. On a CPU
-both get OpenBLAS and a float32 copy of the base.
+it is written, a fixed number of tokens (the end tokens are forbidden by `logit_bias`, or have no weights). All servers
+run from the beginning to the end. In each round every leg has its turn, the largest crowds first, and in a leg the
+sides in shuffled order, with new texts; before its first turn a leg is played shortly, and not counted. Shown are
+medians and, in brackets, the range over the rounds. On a CPU both get OpenBLAS and a float32 copy of the base.
 
 - base: 1, 4 and 16 clients without an adapter
 - long: one client, whose first text is long
@@ -17,7 +18,9 @@ both get OpenBLAS and a float32 copy of the base.
 
 import argparse
 import asyncio
+import contextlib
 import json
+import math
 import random
 import shutil
 import statistics
@@ -25,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -32,12 +36,18 @@ import httpx
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)]
 
-from helpers.schemas import FORMAT  # noqa: E402
 from helpers.serving import Served  # noqa: E402
 
 import mlx_adapters  # noqa: E402, F401  (before mlx: it sees to a fast BLAS)
 
 TURNS, ADAPTERS = 5, [f"a{i}" for i in range(8)]
+SHORT = {"turns": 2, "tokens": 6}  # before a leg counts; of one client more, whose steps may be compiled
+SHORT_ALONE = {"turns": 5, "tokens": 14}
+# An answer of as many tokens as the others': what ends sooner asks sooner, and each prompt holds others up.
+SCHEMA = {"type": "object", "properties": {"said": {"type": "string", "minLength": 500}}, "required": ["said"]}
+SCHEMA |= {"additionalProperties": False}
+FORMAT = {"type": "json_schema", "json_schema": {"name": "said", "schema": SCHEMA, "strict": True}}
+SHOWN = ("tokens_per_second", "first", "later")
 WORDS = (ROOT / "LICENSE").read_text().lower().split()
 # With the same BLAS, and room for clients that come at once: its own 5 lets others wait a second, or loses them.
 THEIRS = "import socketserver; socketserver.TCPServer.request_queue_size = 128; import mlx_adapters; "
@@ -79,7 +89,7 @@ class Talk:
 
     async def run(self, http):
         messages, start = [], time.monotonic()
-        for _ in range(TURNS):
+        for _ in range(self.options.turns):
             messages.append({"role": "user", "content": " ".join(self.chance.choices(WORDS, k=self.words))})
             self.words = self.options.words
             messages.append({"role": "assistant", "content": await self.turn(http, messages)})
@@ -128,54 +138,14 @@ async def crowd(address, talks):
     }
 
 
-def leg(name, sides, options):
-    """Rounds in which every side has its turn; {side: [figures of each round]}."""
-    figures = {side: [] for side in sides}
-    for number in range(options.rounds):
-        for side in random.Random(number).sample(list(sides), len(sides)):
-            address, talks = sides[side](number)
-            figures[side].append(asyncio.run(crowd(address, talks)))
-            print(f"{name}, round {number + 1}, {side}: {figures[side][-1]}", file=sys.stderr, flush=True)
-    return figures
+def crowded(address, models, count, first=None):
+    """A side of a leg: so many talks with these models in turn. It gives the figures."""
 
+    def play(tag, options):
+        made = [Talk(models[i % len(models)], f"{tag} {i}", options, first=first) for i in range(count)]
+        return crowd(address, made)
 
-def talks(model, count, options, first=None):
-    """A function of the round that gives so many talks with these models in turn."""
-    models = [model] if isinstance(model, str) else model
-    return lambda number: [Talk(models[i % len(models)], f"{number} {i}", options, first=first) for i in range(count)]
-
-
-def at(address, made):
-    return lambda number: (address, made(number))
-
-
-def race(name, ours, base, place, options):
-    """{title: figures} of a leg that mlx-lm's server takes part in."""
-    model, counts = "base", [1] if name == "long" else options.clients
-    told, first = (), options.long if name == "long" else None
-    if name == "adapter":
-        model, told = ADAPTERS[0], ("--adapter-path", place / ADAPTERS[0])
-    figures = {}
-    with MlxLm(base, *told) as theirs:
-        for address, called in ((ours.address, model), (theirs.address, "default_model")):
-            asyncio.run(crowd(address, [Talk(called, "warm", options)]))
-        for count in counts:
-            sides = {
-                "this server": at(ours.address, talks(model, count, options, first)),
-                "mlx-lm": at(theirs.address, talks("default_model", count, options, first)),
-            }
-            title = f"{name}, {count} client" + ("s" if count > 1 else "")
-            figures[title] = leg(title, sides, options)
-    return figures
-
-
-def mixed(ours, options):
-    """16 clients over all adapters, and with one."""
-    sides = {
-        "8 adapters": at(ours.address, talks(ADAPTERS, 16, options)),
-        "one adapter": at(ours.address, talks(ADAPTERS[0], 16, options)),
-    }
-    return {"mixed, 16 clients": leg("mixed", sides, options)}
+    return play
 
 
 class Beside(Talk):
@@ -186,27 +156,86 @@ class Beside(Talk):
             await self.turn(http, [{"role": "user", "content": " ".join(self.chance.choices(WORDS, k=20))}])
 
 
-def structured(ours, options):
-    """Four plain talks, whose figures count, beside a fifth of either kind."""
+def beside(address, more):
+    """A side of a leg: four plain talks, whose figures count, beside a fifth client of this kind."""
 
-    async def played(number, more):
-        plain = talks("base", 4, options)(number)
-        limits = httpx.Limits(max_connections=16)
-        async with httpx.AsyncClient(base_url=ours.address, timeout=600, limits=limits) as http:
-            fifth = asyncio.ensure_future(Beside("base", f"{number} fifth", options, more).run(http))
-            start = time.monotonic()
-            await asyncio.gather(*(talk.run(http) for talk in plain))
-            spent = time.monotonic() - start
+    async def play(tag, options):
+        async with httpx.AsyncClient(base_url=address, timeout=600) as http:
+            fifth = asyncio.ensure_future(Beside("base", f"{tag} fifth", options, more).run(http))
+            figures = await crowd(address, [Talk("base", f"{tag} {i}", options) for i in range(4)])
+            if fifth.done():
+                fifth.result()  # it failed
             fifth.cancel()
-        return {"tokens_per_second": sum(talk.made for talk in plain) / spent}
+        return {"tokens_per_second": figures["tokens_per_second"]}
 
-    kinds = {"beside a schema": {"response_format": FORMAT, "logit_bias": None}, "beside one like them": {}}
-    figures = {kind: [] for kind in kinds}
+    return play
+
+
+def legs_of(options, ours, theirs):
+    """{title: {side: what plays it}}, the largest crowds first; `theirs`: addresses by leg."""
+    legs = {}
+
+    def add(name, count, models, first=None):
+        sides = {
+            "this server": crowded(ours, models, count, first),
+            "mlx-lm": crowded(theirs["adapter" if name == "adapter" else "base"], ["default_model"], count, first),
+        }
+        legs[f"{name}, {count} client" + ("s" if count > 1 else "")] = sides
+
+    for count in sorted(options.clients, reverse=True):
+        for name, models in (("adapter", ADAPTERS[:1]), ("base", ["base"])):
+            if name in options.legs:
+                add(name, count, models)
+        if "mixed" in options.legs and count == max(options.clients):
+            legs["mixed, 16 clients"] = {
+                "8 adapters": crowded(ours, ADAPTERS, 16),
+                "one adapter": crowded(ours, ADAPTERS[:1], 16),
+            }
+    if "structured" in options.legs:
+        schema = {"response_format": FORMAT, "logit_bias": None}
+        legs["structured, 4 clients"] = {
+            "beside a schema": beside(ours, schema),
+            "beside one like them": beside(ours, {}),
+        }
+    if "long" in options.legs:
+        add("long", 1, ["base"], options.long)
+    return legs
+
+
+def race(legs, options, end):
+    """{title: {side: [figures of each round]}}, as far as the time reaches, a line of each as it is known."""
+    start, results = time.monotonic(), {}
+
+    def say(*words):
+        print(f"[{time.monotonic() - start:5.1f}]", *words, file=sys.stderr, flush=True)
+
+    def played(play, tag, **short):
+        made = play(tag, argparse.Namespace(**vars(options) | short))
+        return asyncio.run(asyncio.wait_for(made, None if end == math.inf else max(end - time.monotonic(), 0.1)))
+
+    def turn(number, title, sides):
+        for side, play in sides.items() if number == 0 else ():
+            played(play, f"short {side}", **(SHORT_ALONE if " 1 client" in title else SHORT))
+        figures = {}
+        for side in random.Random(f"{number} {title}").sample(list(sides), len(sides)):
+            figures[side] = played(sides[side], f"{number} {title}")
+            say(f"{title}, round {number + 1}, {side}:", {key: round(x, 3) for key, x in figures[side].items()})
+        first, second = (figures[side] for side in sides)
+        say(
+            f"{title}, {' / '.join(sides)}:", {key: round(first[key] / second[key], 3) for key in SHOWN if key in first}
+        )
+        for side in sides:
+            results.setdefault(title, {}).setdefault(side, []).append(figures[side])
+
     for number in range(options.rounds):
-        for kind in random.Random(number).sample(list(kinds), 2):
-            figures[kind].append(asyncio.run(played(number, kinds[kind])))
-            print(f"structured, round {number + 1}, {kind}: {figures[kind][-1]}", file=sys.stderr, flush=True)
-    return {"structured, 4 clients": figures}
+        for title, sides in legs.items():
+            try:
+                turn(number, title, sides)
+            except TimeoutError:
+                return results
+            except (httpx.HTTPError, RuntimeError) as error:
+                say(f"{title}: failed: {error!r}")
+    return results
 
 
 def random_base(shape, folder):
@@ -225,6 +254,8 @@ def random_base(shape, folder):
     own = json.loads((demo / "config.json").read_text())
     config = QWEN3 | SHAPES[shape] | {name: own.get(name) for name in ("vocab_size", "eos_token_id")}
     module = make_module(config)
+    ends = [own["eos_token_id"]] if isinstance(own["eos_token_id"], int) else own["eos_token_id"]
+    module.model.embed_tokens.weight[mx.array(ends)] = 0  # never the likeliest
     if on_gpu():
         module.update(tree_map(lambda array: array.astype(mx.bfloat16), module.parameters()))
         nn.quantize(module, 64, 4)
@@ -239,6 +270,7 @@ def random_base(shape, folder):
 
 def prepare(place, options):
     """A base that both can load, and adapters on it."""
+    import mlx.core as mx
     from race import dense_copy
     from serve import random_adapter
 
@@ -255,7 +287,8 @@ def prepare(place, options):
     model = load_model(str(folder))
     for i, name in enumerate(ADAPTERS):
         write_adapter(random_adapter(model, options.rank, i), place / name)
-    options.bias = {str(token): -100 for token in model.tokenizer.eos_token_ids}
+    mx.clear_cache()
+    options.bias = {} if options.shape else {str(token): -100 for token in model.tokenizer.eos_token_ids}
     return folder
 
 
@@ -270,18 +303,27 @@ def ratio(figures, ours, theirs, key):
 
 def show(name, figures):
     """Rows of the table."""
-    for side, rounds in figures.items():
-        cells = [median([one["tokens_per_second"] for one in rounds])]
-        for key in ("first", "later"):
-            cells.append(median([one[key] for one in rounds], "{:.2f}") if key in rounds[0] else "")
-        print(f"| {name} | {side} | " + " | ".join(cells) + " |")
     first, second = list(figures)
-    parts = [
-        f"{key} {ratio(figures, first, second, key)}"
-        for key in ("tokens_per_second", "first", "later")
-        if key in figures[first][0]
-    ]
-    print(f"| {name} | *{first} / {second}* | " + " | ".join(part.split(" ", 1)[1] for part in parts) + " |")
+    keys = [key for key in SHOWN if key in figures[first][0]]
+    for side, rounds in figures.items():
+        cells = [median([one[key] for one in rounds], "{:.1f}" if key == SHOWN[0] else "{:.2f}") for key in keys]
+        print(f"| {name} | {side} | " + " | ".join(cells) + " |")
+    print(f"| {name} | *{first} / {second}* | " + " | ".join(ratio(figures, first, second, key) for key in keys) + " |")
+
+
+@contextlib.contextmanager
+def servers(base, place, options):
+    """This server's address, and by leg those of mlx-lm's, all started at once."""
+    adapters = [f"{name}={place / name}" for name in ADAPTERS]
+    kinds = {"base": ()} if {"base", "long"} & set(options.legs) else {}
+    kinds |= {"adapter": ("--adapter-path", place / ADAPTERS[0])} if "adapter" in options.legs else {}
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor() as threads:
+        ours = threads.submit(Served, base, "--max-batch", 16, "--max-adapters", 8, adapters=adapters)
+        theirs = {kind: threads.submit(MlxLm, base, *told) for kind, told in kinds.items()}
+        for started in (ours, *theirs.values()):
+            if started.exception() is None:
+                stack.enter_context(started.result())
+        yield ours.result().address, {kind: started.result().address for kind, started in theirs.items()}
 
 
 def main():
@@ -297,21 +339,17 @@ def main():
     parser.add_argument("--words", type=int, default=30)
     parser.add_argument("--long", type=int, default=500, help="words of the first text of the leg `long`")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="after these, from the start, no more is played"
+    )
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    results = {}
+    options.turns, end = TURNS, time.monotonic() + options.seconds
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         place = Path(folder)
         base = prepare(place, options)
-        adapters = [f"{name}={place / name}" for name in ADAPTERS]
-        with Served(base, "--max-batch", 16, "--max-adapters", 8, adapters=adapters) as ours:
-            for name in options.legs:
-                if name == "mixed":
-                    results |= mixed(ours, options)
-                elif name == "structured":
-                    results |= structured(ours, options)
-                else:
-                    results |= race(name, ours, base, place, options)
+        with servers(base, place, options) as (ours, theirs):
+            results = race(legs_of(options, ours, theirs), options, end)
     turns = f"turns of {options.words} words, answers of {options.tokens} tokens"
     print(
         f"\n{options.shape or options.base}, rank {options.rank}; {turns}, {options.rounds} rounds; {environment()}\n"

@@ -63,7 +63,7 @@ def added(tokens=1):
     return mx.concatenate(update.linears(y, x, [16, 8]), axis=-1)
 
 
-def test_one_token_is_computed_by_a_compiled_function_that_goes_with_the_update(gpu):
+def test_few_tokens_are_computed_by_a_compiled_function_that_goes_with_the_update(gpu):
     """A site's product and factors are its constants: another adapter has another function, and nothing is left."""
     made = []
 
@@ -93,6 +93,27 @@ def test_one_token_is_computed_by_a_compiled_function_that_goes_with_the_update(
     updates.clear()
     del update
     assert all(function() is None for function in made)
+
+
+def test_rows_of_other_batches_go_through_one_compiled_function(gpu):
+    made = []
+    gpu.setattr(kernel, "add_update", honest)
+    gpu.setattr(additions, "compiled", lambda function: made.append(function) or function)
+    normal = [mx.random.normal(shape, key=mx.random.key(1)) for shape in ((3, 2, 4, 32), (3, 24, 4), (24, 32))]
+    update = additions.PerRow(Factors(*normal[:2]), additions.Rows([]))
+    for slots in ([2, 1], [1, 2], [0, 1, 2]):
+        update.rows = additions.Rows(slots)
+        x = mx.random.normal((len(slots), 32), key=mx.random.key(2))
+        got = additions.outputs_of(update, lambda x: x @ normal[2].T, x, [16, 8])
+        expected = [
+            additions.ForAll(Factors(normal[0][slot], normal[1][slot])).added(
+                mx.split(row @ normal[2].T, [16], -1), row
+            )
+            for slot, row in zip(slots, x, strict=True)
+        ]
+        for layer, parts in zip(got, zip(*expected, strict=True), strict=True):
+            assert mx.allclose(layer, mx.stack(parts), atol=1e-4)
+    assert len(made) == 1
 
 
 def test_a_kernel_that_is_right_is_used_for_few_tokens(gpu):
