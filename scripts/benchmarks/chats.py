@@ -162,10 +162,12 @@ def beside(address, more):
     async def play(tag, options):
         async with httpx.AsyncClient(base_url=address, timeout=600) as http:
             fifth = asyncio.ensure_future(Beside("base", f"{tag} fifth", options, more).run(http))
-            figures = await crowd(address, [Talk("base", f"{tag} {i}", options) for i in range(4)])
-            if fifth.done():
-                fifth.result()  # it failed
-            fifth.cancel()
+            try:
+                figures = await crowd(address, [Talk("base", f"{tag} {i}", options) for i in range(4)])
+                if fifth.done():
+                    fifth.result()  # it failed
+            finally:
+                fifth.cancel()
         return {"tokens_per_second": figures["tokens_per_second"]}
 
     return play

@@ -5,7 +5,10 @@ import contextlib
 import mlx.core as mx
 import pytest
 
+from mlx_adapters.drafting.batch import Batch
+from mlx_adapters.generation.live import load_model
 from mlx_adapters.surgery import cuda
+from mlx_adapters.system.door import make_prompt_cache
 
 packed_by_mlx = cuda.packed
 LENGTH, HEADS, SHARED, WIDTH = 7, 4, 2, 8
@@ -92,3 +95,22 @@ def test_it_holds_within_the_block_and_on_cuda_alone(monkeypatch):
             mx.fast.scaled_dot_product_attention(q, q, q, scale=1.0)
         mx.fast.scaled_dot_product_attention(q, q, q, scale=1.0)
         assert len(calls) == on
+
+
+def test_work_is_handed_over_layer_by_layer(tiny_model, monkeypatch):
+    """So that the device's graphs have one form for all layers, whatever rows come and go."""
+    module, begun = load_model(tiny_model("llama")).module, []
+    monkeypatch.setattr(cuda, "on_cuda", lambda: True)
+    monkeypatch.setattr(mx, "async_eval", lambda *arrays: begun.append(arrays))
+    count, caches = len(module.layers), []
+    for tokens in ([5, 6, 7], [8, 9]):
+        caches.append(make_prompt_cache(module))
+        with cuda.generating():
+            module(mx.array([tokens]), cache=caches[-1])
+        assert len(begun) == count
+        begun.clear()
+    batch = Batch(module)
+    for change in (lambda: batch.join(caches[:1]), lambda: batch.join(caches[1:]), lambda: batch.keep([1])):
+        change()
+        assert len(begun) == count
+        begun.clear()
