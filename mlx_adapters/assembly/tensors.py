@@ -184,7 +184,9 @@ class Assembly:
                 parts, stored = list(piece.tensors.values()), dequantize(piece[some])
             finite, compared = all_finite(*parts), (base[some], fused[some], stored) if plan.changed else ()
             (mx.async_eval if on_gpu() else mx.eval)(parts, finite, *compared)  # at once: each waits for a thread
-            yield _Rows(fused, parts, finite, compared)
+            made = [_Rows(fused, parts, finite, compared)]
+            del base, fused, parts, stored, finite, compared  # whoever takes them is the last to hold them
+            yield made.pop()
 
     def _make_layer(self, plan: LayerPlan, rows: Iterator["_Rows"]) -> list[mx.array]:
         """The layer's tensors."""
@@ -197,6 +199,7 @@ class Assembly:
             pieces.append(some.parts)
             if plan.changed:
                 total.add(*some.compared)
+            del some
         if plan.changed:
             self.survival.append(total.result(plan.path))
         return [mx.concatenate(parts) if len(parts) > 1 else parts[0] for parts in zip(*pieces, strict=True)]
