@@ -24,8 +24,8 @@ from mlx_adapters.storage.replacing import stat_of
 from mlx_adapters.storage.tensor_names import ADAPTER_FILE, CHECKPOINT_FILE, checkpoint_file
 
 BLOCK = 16 << 20  # bytes copied at once
-HASHED_LATER, WRITTEN_LATER = 32, 3  # tensors that may wait, for their hash and (a layer's) for the disk
-LARGE = 1 << 20  # bytes that another thread writes
+LARGE = 1 << 19  # bytes that another thread writes, or hashes, beside what makes the next ones: less is not worth it
+HASHED_LATER, WRITTEN_LATER = 4, 2  # such pieces that may wait
 DTYPES = {
     "float32": "F32",
     "float16": "F16",
@@ -83,18 +83,26 @@ def stream_safetensors(
         offset += size
     beginning = frame(header)
     with atomic_file(path) as stream, ThreadPoolExecutor(1) as hasher, ThreadPoolExecutor(1) as writer:
-        digest = hashlib.sha256()
+        digest, unhashed = hashlib.sha256(), list[bytes | memoryview]()
         hashing, writing = deque[Future[Any]](), deque[Future[Any]]()
 
+        def hash_all(parts: list[bytes | memoryview]) -> None:
+            for part in parts:
+                digest.update(part)
+
+        def hash_beside() -> None:
+            hashing.append(hasher.submit(hash_all, unhashed[:]))
+            unhashed.clear()
+
         def write(data: bytes | memoryview) -> None:
-            if hashed:  # beside the writing, which takes as long
-                hashing.append(hasher.submit(digest.update, data))
-                if len(hashing) > HASHED_LATER:
-                    hashing.popleft().result()
-            if writing or len(data) > LARGE:  # beside what makes the next one
+            if hashed:
+                unhashed.append(data)
+                if sum(map(len, unhashed)) > LARGE:
+                    hash_beside()
+                    _wait(hashing, HASHED_LATER)
+            _wait(writing, WRITTEN_LATER)
+            if writing or len(data) > LARGE:
                 writing.append(writer.submit(stream.write, data))
-                if len(writing) > WRITTEN_LATER:
-                    writing.popleft().result()
             else:
                 stream.write(data)
 
@@ -104,9 +112,16 @@ def stream_safetensors(
             if tuple(array.shape) != tuple(shape) or (made != dtype and (made, dtype) != ("uint16", "bfloat16")):
                 raise ValueError(f"{name}: promised {dtype} {shape}, got {array.dtype} {array.shape}")
             write(raw_bytes(array))
-        for each in (*hashing, *writing):
-            each.result()
+        hash_beside()
+        _wait(hashing, 0)
+        _wait(writing, 0)
     return digest.hexdigest() if hashed else ""
+
+
+def _wait(begun: deque[Future[Any]], most: int) -> None:
+    """Until at most so many are left; what is done is heard and forgotten."""
+    while begun and (len(begun) > most or begun[0].done()):
+        begun.popleft().result()
 
 
 def frame(header: Mapping[str, Any]) -> bytes:
