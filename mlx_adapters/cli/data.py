@@ -128,6 +128,9 @@ def _verdict(report: "DataReport") -> str:
             "double": split.duplicates,
             "with an empty answer": len(split.empty_answers),
             "in train too": report.overlaps.get(name, 0),
+            "with words that never reach the model": len({text.where for text in split.left_out}),
+            "with two BOS tokens": len(split.doubled_bos),
+            "with tokens that the model does not have": len(split.outside_model),
         }
         found += [f"{many:,} of {name} {what}" for what, many in odd.items() if many]
     trained = f"{count(train.rows, 'row')} train {count(train.trained_tokens, 'token')}"

@@ -33,6 +33,7 @@ SPEAKERS = {
     "function": "tool",
     "function_call": "assistant",
 }
+WEIGHTS = ("weight", "train", "training")  # OpenAI's, and what axolotl's rows have
 TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
 THOUGHT_PARTS = ("thinking", "reasoning")
 
@@ -87,7 +88,7 @@ def _message(value: Any, name: str, where: str) -> tuple[Message, int]:
     message = plain(given)
     if not isinstance(message.get("role"), str):
         raise FormatError(f"{where}: {name} has no 'role'.", 'a message is {"role": "user", "content": "..."}.')
-    weight = _weight(message.pop("weight", 1), name, where)
+    weight = min(_weight(message.pop(field, 1), name, where) for field in WEIGHTS)
     if "function_call" in message:
         call = message.pop("function_call")
         if call:

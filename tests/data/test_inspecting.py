@@ -214,6 +214,7 @@ def test_the_command_says_it(bases, tmp_path):
     )
     assert "train, answers with calls alone (1): " in said.output
     assert "unknown role 'bot' (1): only 'assistant' is trained" in said.output
+    assert "1 of train with words that never reach the model" in said.output
     assert "train, 4 turns of the assistant: 5 to 24 tokens" in said.output
     assert "will not learn to stop" not in said.output
     write(tmp_path / "d", ROWS[:1])

@@ -128,6 +128,9 @@ def test_tools_may_be_text(tools):
 def test_weights_are_of_turns_and_do_not_reach_the_template():
     raw = row({"messages": [{**CHAT[0]}, {**CHAT[1], "weight": 0}, CHAT[0], {**CHAT[1], "weight": True}]})
     assert raw.weights == (1, 0, 1, 1) and raw.messages == [*CHAT, *CHAT]
+    other = row({"messages": [CHAT[0], {**CHAT[1], "train": False}, CHAT[0], {**CHAT[1], "training": True}]})
+    assert other.weights == (1, 0, 1, 1) and other.messages == [*CHAT, *CHAT]
+    assert row({"messages": [CHAT[0], {**CHAT[1], "weight": 1, "training": False}]}).weights == (1, 0)
 
 
 def test_empty_turns_are_turns():
