@@ -21,7 +21,7 @@ from mlx_adapters.events import OnEvent, Progress, log_warnings
 from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.models.base import BaseLike
 from mlx_adapters.models.loading import load_model
-from mlx_adapters.models.model import Model
+from mlx_adapters.models.model import Model, no_numbers
 from mlx_adapters.sources.bases import recorded_base, resolve_base
 from mlx_adapters.storage.tensor_files import as_numpy
 from mlx_adapters.system.door import mx
@@ -89,13 +89,13 @@ class Batches:
 
 
 def log_probabilities(model: Model, batch: Batch) -> mx.array:
-    """(judged tokens, vocabulary) float32. Raises FormatError for NaN or Inf, ModelError for tokens it has not."""
+    """(judged tokens, vocabulary) float32. Raises ModelError for NaN or Inf and for tokens it has not."""
     model.base.check_tokens(batch.targets, "A judged row")
     logits = model.logits(mx.array(batch.tokens[:, :-1]))
     judged = logits.reshape(-1, logits.shape[-1])[mx.array(batch.positions[: batch.trained_tokens])].astype(mx.float32)
     result = judged - mx.logsumexp(judged, axis=-1, keepdims=True)
     if not mx.isfinite(result).all().item():
-        raise FormatError(f"'{model.base.name}' computes NaN or Inf.", "are its weights whole?")
+        raise no_numbers(model)
     return result
 
 

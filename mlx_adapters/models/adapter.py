@@ -17,7 +17,7 @@ from mlx_adapters.config.data import TemplateConfig
 from mlx_adapters.display.notebook import html_block, html_facts, loss_curve
 from mlx_adapters.errors import AdapterError, FormatError, NotFoundError
 from mlx_adapters.models.base import Base, Named
-from mlx_adapters.models.dense import INFINITY, first_not_finite
+from mlx_adapters.models.dense import INFINITY, LARGE, first_not_finite
 from mlx_adapters.models.metadata import (
     AdapterConfig,
     base_of,
@@ -186,7 +186,7 @@ class Adapter:
         """Hold tensors against the config; return self.
 
         Raises FormatError for missing, unknown, empty or misshapen tensors, for other numbers than floats, and for NaN,
-        Inf and a scale that makes them.
+        Inf and an update that makes them.
         """
         check_shapes({name: tuple(w.shape) for name, w in self.weights.items()}, self.config, self.name)
         for name, array in self.weights.items():
@@ -194,26 +194,24 @@ class Adapter:
                 kinds = "float32, bfloat16 or float16"
                 kind = str(array.dtype).removeprefix("mlx.core.")
                 raise FormatError(f"Adapter '{self.name}': '{name}' is {kind}; an adapter's are {kinds}.", _DAMAGED)
-        if bad := first_not_finite(self.weights):
-            raise FormatError(
-                f"Adapter '{self.name}' holds NaN or Inf in '{bad}'.",
-                "its training diverged or the file is damaged; take an earlier checkpoint.",
-            )
-        self._check_scale()
+        large = first_not_finite(self.weights, LARGE)
+        if large and (bad := first_not_finite(self.weights)):
+            raise FormatError(f"Adapter '{self.name}' holds NaN or Inf in '{bad}'.", _DIVERGED)
+        if large or abs(self.config.scale) >= LARGE_SCALE:
+            self._check_update()
         return self
 
-    def _check_scale(self) -> None:
+    def _check_update(self) -> None:
         """Raise FormatError for an update scale · B·A whose squares float32 could not add up."""
         scale = abs(self.config.scale)
-        if scale < LARGE_SCALE:  # no need to look
-            return
         tops = [(mx.abs(a).max(), mx.abs(b).max()) for _, a, b, _ in self.layers()]
         largest = max((a.astype(mx.float32) * b.astype(mx.float32)).item() for a, b in tops)
         if scale > LARGEST_UPDATE or scale * self.config.rank * largest > LARGEST_UPDATE:
-            raise FormatError(
-                f"Adapter '{self.name}' has scale {self.config.scale:g}, which makes an update beyond float32.",
-                "give it a smaller one.",
+            message = (
+                f"Adapter '{self.name}' has scale {scale:g} and factors whose product reaches {largest:.3g}, which"
             )
+            hint = "give it a smaller scale." if scale >= LARGE_SCALE else _DIVERGED
+            raise FormatError(f"{message} makes an update beyond float32.", hint)
 
 
 AdapterLike = Adapter | str | Path | Named  # what stands for an adapter above `sources`: itself, or a reference to it
@@ -230,6 +228,7 @@ def templates_of(base: Base, adapters: Iterable[Adapter]) -> list[TemplateConfig
     return [template_of(adapter) for adapter in adapters] or [base.template]
 
 
+_DIVERGED = "its training diverged or the file is damaged; take an earlier checkpoint."
 _DAMAGED = "its file and its config do not belong together; copy or download both again."
 
 

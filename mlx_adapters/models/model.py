@@ -229,6 +229,14 @@ class Model:
         return call(ids[None])[0] if ids.ndim == 1 else call(ids)
 
 
+def no_numbers(model: Model) -> ModelError:
+    """What to raise where a model's logits are NaN or infinite."""
+    if model.adapter is None:
+        return ModelError(f"'{model.base.name}' computes NaN or Inf.", "are its weights whole?")
+    message = f"'{model.base.name}' with '{model.adapter.name}' computes NaN or Inf."
+    return ModelError(message, "try --dtype float32, an earlier checkpoint, or a weaker one: 'mlx-adapters scale'.")
+
+
 def _require_text(text: str) -> None:
     """Raise ModelError for half a surrogate pair, as a file that is not UTF-8 leaves it: no tokenizer takes that; and
     for a text that no memory would hold in tokens."""

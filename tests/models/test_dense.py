@@ -19,3 +19,7 @@ def test_the_first_array_that_is_not_finite_is_named(dtype, cuda, monkeypatch):
         changed = weights | {"6": mx.array([0, bad], dtype), "8": mx.array([bad], dtype)}
         assert dense.first_not_finite(changed) == "6"
     assert dense.first_not_finite({}) is None
+    small = {str(i): mx.array([1020, -1020, i], dtype) for i in range(9)}
+    assert dense.first_not_finite(small, dense.LARGE) is None
+    for large in (1024, -1024, float("nan"), largest):
+        assert dense.first_not_finite(small | {"6": mx.array([0, large], dtype)}, dense.LARGE) == "6"

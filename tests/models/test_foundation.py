@@ -129,6 +129,8 @@ def broken(adapter, how):
     weights, key = dict(adapter.weights), adapter.config.keys[0]
     if how == "nan":
         weights[f"{key}.lora_b"] = weights[f"{key}.lora_b"] * mx.array(float("nan"))
+    elif how == "huge":  # each number is one, and their products are none
+        weights = {name: mx.full(weight.shape, 1e20) for name, weight in weights.items()}
     elif how == "missing":
         del weights[f"{key}.lora_b"]
     elif how == "extra":
@@ -138,7 +140,7 @@ def broken(adapter, how):
     return weights
 
 
-@pytest.mark.parametrize("how", ["nan", "missing", "extra", "rank", "truncated", "random", "empty", "config"])
+@pytest.mark.parametrize("how", ["nan", "huge", "missing", "extra", "rank", "truncated", "random", "empty", "config"])
 def test_damaged_adapters_are_refused(tiny_model, tmp_path, how):
     adapter = random_adapter(load_model(resolve_base(tiny_model("llama"))))
     folder = write_adapter(adapter, tmp_path / "a")
@@ -155,7 +157,7 @@ def test_damaged_adapters_are_refused(tiny_model, tmp_path, how):
         mx.save_safetensors(str(file), broken(adapter, how))
     with pytest.raises(errors.FormatError):
         read_adapter(folder)
-    if how in ("nan", "missing", "extra", "rank"):
+    if how in ("nan", "huge", "missing", "extra", "rank"):
         with pytest.raises(errors.FormatError):
             write_adapter(adapter.with_weights(broken(adapter, how)), tmp_path / "b")
         assert not (tmp_path / "b").exists()
