@@ -149,6 +149,8 @@ def _read_local(path: Path, read: DataConfig) -> dict[str, Split]:
         raise NotFoundError(
             f"There is no data folder '{path}'.", f"a Hugging Face data set is written {hub.PREFIX}user/name."
         )
+    if not path.is_dir():
+        raise FormatError(f"'{path}' is neither a file nor a folder.", "write what a pipe gives into a file.")
     splits = {}
     for name, parts in files_of(path).items():
         digests = [sha256(part) for part in parts]

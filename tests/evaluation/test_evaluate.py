@@ -166,7 +166,7 @@ def test_other_tokenizers_are_refused(tiny_model, data, tmp_path):
 def test_nan_weights_are_an_error(tiny_model, data):
     model = load_model(resolve_base(tiny_model("llama")))
     model.module.model.norm.weight = mx.full(model.module.model.norm.weight.shape, float("nan"))
-    with pytest.raises(FormatError, match="NaN"):
+    with pytest.raises(ModelError, match="NaN"):
         judge(model, Batches(judged_rows(read_data(data).rows("test"), model, 2048)))
 
 

@@ -4,6 +4,7 @@ import codecs
 import csv
 import gzip
 import json
+import os
 
 import pyarrow
 import pyarrow.parquet
@@ -122,6 +123,15 @@ def test_a_bad_file_is_refused_with_its_line(tmp_path, name, data, message):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(FormatError, match=message):
         read_data(tmp_path / name)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/null")], ids=["pipe", "device"])
+def test_what_is_neither_a_file_nor_a_folder_is_not_read(tmp_path, make):
+    from mlx_adapters.data.datasets import read_data
+
+    make(tmp_path / "rows.jsonl")
+    with pytest.raises(FormatError, match="rows.jsonl' is neither a file nor a folder"):
+        read_data(tmp_path / "rows.jsonl")
 
 
 def test_columns_of_parquet_that_python_cannot_hold_are_no_error(tmp_path):
