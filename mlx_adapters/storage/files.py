@@ -63,6 +63,7 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     Raises StorageError when the disk refuses; then nothing is left behind and an old `path` is untouched.
     """
     path = Path(path)
+    refuse_device(path)
     if path.is_dir():
         raise StorageError(f"'{path}' is a folder, not a file to write.", "name a file in it.")
     drafted = in_draft(path)
@@ -84,6 +85,17 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
             raise
         if not drafted:
             flush_path(path.parent)
+
+
+def refuse_device(path: Path) -> None:
+    """Raise StorageError for a device, a pipe, or a link to one: what is written takes the place of what was there."""
+    with contextlib.suppress(OSError):  # nothing is there
+        kind = path.stat().st_mode
+        own = path.is_symlink() and path.absolute().is_relative_to("/dev")  # /dev/stdout may lead to a file
+        if own or not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
+            raise StorageError(
+                f"'{path}' is no file that could be replaced.", "name a file: pipes and devices are none."
+            )
 
 
 @contextlib.contextmanager

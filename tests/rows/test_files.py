@@ -130,7 +130,7 @@ def test_what_is_neither_a_file_nor_a_folder_is_not_read(tmp_path, make):
     from mlx_adapters.data.datasets import read_data
 
     make(tmp_path / "rows.jsonl")
-    with pytest.raises(FormatError, match="rows.jsonl' is neither a file nor a folder"):
+    with pytest.raises(FormatError, match=r"rows.jsonl' is neither a file nor a folder"):
         read_data(tmp_path / "rows.jsonl")
 
 

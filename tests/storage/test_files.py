@@ -171,6 +171,19 @@ def test_a_stranger_that_comes_during_the_work_is_kept(tmp_path):
     assert everything(tmp_path) == {"out", "out/thesis.txt", "out/config.json", "fresh", "fresh/thesis.txt"}
 
 
+def test_pipes_devices_and_the_links_of_the_system_are_not_replaced(tmp_path):
+    """For whoever may write in /dev, a report to /dev/null would be the end of it for everybody."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("/dev/null")
+    (tmp_path / "other").symlink_to(tmp_path / "pipe")
+    for name in ("pipe", "link", "other"):
+        with pytest.raises(StorageError, match=f"{name}' is no file that could be replaced"):
+            files.write_text(tmp_path / name, "x")
+    with pytest.raises(StorageError, match="is no file"):
+        files.refuse_device(Path("/dev/stdout"))  # a link, also where the output goes to a file
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "other", "pipe"]
+
+
 def test_a_folder_that_finder_opened_is_empty(tmp_path):
     for litter in (".DS_Store", ".localized", "._model.safetensors"):
         out = tmp_path / litter.strip("._")
