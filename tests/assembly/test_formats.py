@@ -22,6 +22,7 @@ from mlx_adapters.models.loading import load_model, load_module
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.storage import tensor_files
 from mlx_adapters.storage.tensor_names import from_gguf
+from mlx_adapters.system.machine import on_gpu
 
 HF = FuseOptions(method="nearest", check=False, format="hf")
 GGUF = FuseOptions(method="nearest", check=False, format="gguf")
@@ -112,7 +113,8 @@ def test_gguf_reads_back(tiny_model, tmp_path, architecture, bits, dtype, tolera
             base = np.array(dense_weight(before[survival.path], mx.float32)).astype(float)
             update, there = np.array(wanted[name]) - base, values - base
             cosine = (update * there).sum() / np.sqrt((update**2).sum() * (there**2).sum())
-            assert 1 - survival.cosine == pytest.approx(1 - cosine, rel=0.2, abs=1e-6)
+            near = 5e-6 if on_gpu() else 1e-6  # whose sums are float32's
+            assert 1 - survival.cosine == pytest.approx(1 - cosine, rel=0.2, abs=near)
     assert not survived
     fields = reader.fields
     assert fields["general.architecture"].contents() == architecture
