@@ -64,8 +64,8 @@ def refuse_existing(path: Path, overwrite: bool, ours: Output | None = None) -> 
         return
     if not overwrite:
         raise ExistsError(f"'{path}' already exists.", "choose another name, or pass --overwrite to replace it.")
-    if (ours is None) == path.is_dir():
-        kind = "a folder, not a file" if ours is None else "not a folder"
+    if not path.is_dir() if ours is not None else path.exists() and not path.is_file():  # a link to nothing may go
+        kind = "not a folder" if ours is not None else "a folder, not a file" if path.is_dir() else "no file"
         raise ExistsError(f"'{path}' is {kind}, so it is no earlier output of this command.", "choose another place.")
     if ours is not None and (strangers := ours.strangers(path)):
         more = f" and {len(strangers) - SHOWN:,} more" if len(strangers) > SHOWN else ""

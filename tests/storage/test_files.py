@@ -179,6 +179,8 @@ def test_pipes_devices_and_the_links_of_the_system_are_not_replaced(tmp_path):
     for name in ("pipe", "link", "other"):
         with pytest.raises(StorageError, match=f"{name}' is no file that could be replaced"):
             files.write_text(tmp_path / name, "x")
+        with pytest.raises(ExistsError, match=f"{name}' is no file, so it is no earlier output"):
+            replacing.refuse_existing(tmp_path / name, overwrite=True)
     with pytest.raises(StorageError, match="is no file"):
         files.refuse_device(Path("/dev/stdout"))  # a link, also where the output goes to a file
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "other", "pipe"]
