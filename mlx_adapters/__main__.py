@@ -27,6 +27,8 @@ def main() -> None:
             signal.signal(number, signal.SIG_IGN)
         if isinstance(end.code, str):
             os.write(2, f"{end.code}\n".encode())
+        if _is_watched():
+            raise
         atexit._run_exitfuncs()
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError):  # closed, or its reader is gone
@@ -34,6 +36,13 @@ def main() -> None:
         os._exit(end.code if isinstance(end.code, int) else int(end.code is not None))
     except KeyboardInterrupt:
         _leave()
+
+
+def _is_watched() -> bool:
+    """Whether a profiler or debugger is at work, which says what it saw when the program has ended."""
+    tools = getattr(sys, "monitoring", None)  # from Python 3.12 on
+    named = tools is not None and any(map(tools.get_tool, range(6)))
+    return named or sys.getprofile() is not None or sys.gettrace() is not None
 
 
 def _leave(*_: object) -> None:

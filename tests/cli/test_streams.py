@@ -71,6 +71,11 @@ def test_another_encoding_loses_signs_and_nothing_else(adapters, encoding):
     assert refused.returncode and refused.stderr.startswith(("Error: ", "Usage: "))
 
 
+def test_a_profiler_gets_its_turn_at_the_end():
+    profiled = [sys.executable, "-m", "cProfile", "-m", "mlx_adapters", "--version"]
+    assert "function calls" in subprocess.run(profiled, capture_output=True, text=True).stdout
+
+
 def test_a_reader_that_left_ends_the_program_in_silence(adapters):
     reader, writer = os.pipe()
     os.close(reader)
