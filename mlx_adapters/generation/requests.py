@@ -182,7 +182,9 @@ class Row:
             logits = sampler.process(self.read, logits)
         if self.mask is not None:
             logits = mx.where(allowed(self.mask, logits.shape[-1]), logits, -mx.inf)
-        return sampler(logits - mx.logsumexp(logits, axis=-1, keepdims=True)).astype(mx.uint32)
+        if not sampler.greedy:
+            logits = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        return sampler(logits).astype(mx.uint32)
 
     def told(self, token: int, logprobs: mx.array | None) -> Token:
         """The next token of the answer; `logprobs` (vocabulary,) are the model's own."""
