@@ -14,6 +14,7 @@ from mlx_adapters.errors import ModelError
 from mlx_adapters.generation.sampling import Sampler
 from mlx_adapters.runtime.attached import Attached
 from mlx_adapters.system.door import mx
+from mlx_adapters.system.gpu_kernels import compiled
 
 _numbers = itertools.count()
 
@@ -181,7 +182,7 @@ class Row:
             self.read = mx.concatenate([self.read, token.astype(mx.uint32)])
             logits = sampler.process(self.read, logits)
         if self.mask is not None:
-            logits = mx.where(allowed(self.mask, logits.shape[-1]), logits, -mx.inf)
+            logits = _allowed(mx.array(self.mask), logits)
         if not sampler.greedy:
             logits = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
         return sampler(logits).astype(mx.uint32)
@@ -202,11 +203,12 @@ class Row:
         return Token(request, token, reason, *scored(token, logprobs, request.top_logprobs))
 
 
-def allowed(mask: np.ndarray, vocabulary: int) -> mx.array:
-    """A mask of bits (words,) uint32 as booleans (vocabulary,)."""
-    bits = (mx.array(mask)[:, None] >> mx.arange(32, dtype=mx.uint32)) & 1  # (words, 32)
-    flat = bits.reshape(-1)[:vocabulary].astype(mx.bool_)
-    return flat if flat.size == vocabulary else mx.pad(flat, (0, vocabulary - flat.size))
+@compiled
+def _allowed(mask: mx.array, logits: mx.array) -> mx.array:
+    """The logits (1, vocabulary) of the tokens whose bits are set in the mask (words,) uint32; -inf for the others."""
+    bits, vocabulary = (mask[:, None] >> mx.arange(32, dtype=mx.uint32)) & 1, logits.shape[-1]  # (words, 32)
+    may_come = bits.reshape(-1)[:vocabulary].astype(mx.bool_)
+    return mx.where(mx.pad(may_come, (0, vocabulary - may_come.size)), logits, -mx.inf)
 
 
 def scored(token: int, logprobs: mx.array, top: int) -> tuple[float, tuple[tuple[int, float], ...]]:
