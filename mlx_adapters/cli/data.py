@@ -1,5 +1,6 @@
 """`data check` and `data split`."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from mlx_adapters.cli._options import UserPath, carried, json_option, overwrite_
 from mlx_adapters.cli._settings import option, options
 from mlx_adapters.config.data import DataConfig
 from mlx_adapters.config.training import OBJECTIVES, TrainConfig, with_objective
+from mlx_adapters.errors import FormatError
 from mlx_adapters.units import count
 
 if TYPE_CHECKING:
@@ -208,7 +210,21 @@ def data_split_command(
         _output.emit_json(counts)
     else:
         _output.say(f"{_output.place(out)}: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
-        there = _output.word(out)
+        there, how = _output.word(out), _how_to_train(Path(out) / "train.jsonl")
         _output.next_steps(
-            f"mlx-adapters data check {there}", f"mlx-adapters train BASE --data {there} --name NAME --mask-prompt"
+            f"mlx-adapters data check {there}{how}", f"mlx-adapters train BASE --data {there} --name NAME{how}"
         )
+
+
+def _how_to_train(rows: Path) -> str:
+    """The options that rows of this file's kind, as its first one tells it, need or allow."""
+    from mlx_adapters.rows.row import RawRow
+
+    with rows.open(encoding="utf-8") as stream:
+        values = json.loads(stream.readline())
+    try:
+        row = RawRow(values, "the first row")
+        objective = " --objective dpo" if row.rejected is not None else ""
+        return objective + (" --mask-prompt" if row.format != "text" else "")
+    except FormatError:  # columns that only their owner knows
+        return " --prompt-column COLUMN --completion-column COLUMN --mask-prompt"

@@ -3,8 +3,10 @@
 import json
 
 import pytest
+from click.testing import CliRunner
 
 from mlx_adapters import check_data, split_data
+from mlx_adapters.cli import cli
 from mlx_adapters.config.training import TrainConfig
 from mlx_adapters.data.checking import histogram
 from mlx_adapters.data.datasets import read_data
@@ -74,3 +76,20 @@ def test_split_refuses_what_cannot_work(tmp_path):
     split_data(tmp_path / "many.jsonl", tmp_path / "out")
     with pytest.raises(ExistsError):
         split_data(tmp_path / "many.jsonl", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "row, how",
+    [
+        ({"prompt": "a", "completion": "b"}, " --mask-prompt"),
+        ({"text": "a"}, ""),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, " --objective dpo --mask-prompt"),
+        ({"Frage": "a", "Antwort": "b"}, " --prompt-column COLUMN --completion-column COLUMN --mask-prompt"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_what_is_told_after_a_split_suits_its_rows(tmp_path, row, how):
+    write(tmp_path / "all.jsonl", [{key: f"{value} {i}" for key, value in row.items()} for i in range(10)])
+    said = CliRunner().invoke(cli, ["data", "split", str(tmp_path / "all.jsonl"), str(tmp_path / "out")]).stderr
+    check, train = said.splitlines()[-2:]
+    assert check.endswith(f"/out{how}") and train.endswith(f" --name NAME{how}")
