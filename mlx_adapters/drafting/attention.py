@@ -6,13 +6,15 @@ The newest keys and values lie beside the cache, so that a step changes nothing 
 | where | shape | what counts |
 | --- | --- | --- |
 | `keys`, `values` of the cache | (1, groups, room, width) | the first `counts[0]` |
-| `recent` | (1, groups, RECENT, width) | the first `counts[1]` |
+| `recent`, of all layers | (layers, groups, RECENT, width) | the first `counts[1]` |
 | `new` | (1, groups, 1, width) | it |
+
+What is beside is one array for all layers' keys and one for their values, so that a step makes few arrays anew.
 """
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -24,8 +26,7 @@ from mlx_adapters.system.machine import on_cuda
 RECENT = 32  # tokens whose keys and values lie beside the cache
 WIDTHS, LANES, WARPS = (32, 64, 128, 256), 32, 16  # more threads would have too few registers
 MOST_ERROR = 1e-2  # of the largest number
-INPUTS = ("q", "keys", "values", "recent_keys", "recent_values", "new_keys", "new_values", "counts", "scale")
-OUTPUTS = ("out", "next_keys", "next_values")
+INPUTS = ("q", "keys", "values", "recent_keys", "recent_values", "new_keys", "new_values", "counts", "scale", "layer")
 # A block for each head; each of its warps takes every WARPSth token, AHEAD of them under way.
 SOURCE = spelled(
     """
@@ -33,20 +34,9 @@ constexpr int NK = K / 32, NV = V / 32, HELD = (NK + NV) * sizeof(T), AHEAD = HE
 const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, head = blockIdx.x, room = keys_shape[2];
 const int shared = q_shape[1] / keys_shape[1], group = head / shared;
 const int cached = counts[0], beside = counts[1], length = cached + beside + 1;
-const T* keys_of[3] = {
-  keys + (size_t) group * room * K, recent_keys + (size_t) group * RECENT * K, new_keys + group * K};
-const T* values_of[3] = {
-  values + (size_t) group * room * V, recent_values + (size_t) group * RECENT * V, new_values + group * V};
-if (head % shared == 0) {
-  for (int i = threadIdx.x; i < (beside + 1) * K; i += blockDim.x) {
-    const bool last = i >= beside * K;
-    next_keys[(size_t) group * RECENT * K + i] = last ? keys_of[2][i - beside * K] : keys_of[1][i];
-  }
-  for (int i = threadIdx.x; i < (beside + 1) * V; i += blockDim.x) {
-    const bool last = i >= beside * V;
-    next_values[(size_t) group * RECENT * V + i] = last ? values_of[2][i - beside * V] : values_of[1][i];
-  }
-}
+const size_t recent = ((size_t) layer[0] * keys_shape[1] + group) * RECENT;
+const T* keys_of[3] = {keys + (size_t) group * room * K, recent_keys + recent * K, new_keys + group * K};
+const T* values_of[3] = {values + (size_t) group * room * V, recent_values + recent * V, new_values + group * V};
 float own[NK], sum[NV], most = -INFINITY, weight = 0.0f;
 const Few<T, NK> mine = *reinterpret_cast<const Few<T, NK>*>(q + (size_t) head * K + lane * NK);
 #pragma unroll
@@ -97,36 +87,67 @@ for (int column = warp; column < V; column += WARPS) {
 """,
     ATTENTION,
 )
+# A block for each layer and group.
+KEEP = """
+const int groups = recent_shape[1], layer = blockIdx.x / groups, group = blockIdx.x % groups, beside = counts[1];
+const T* mine = NEW;
+const size_t at = (size_t) blockIdx.x * RECENT * W;
+for (int i = threadIdx.x; i < (beside + 1) * W; i += blockDim.x) {
+  const bool last = i >= beside * W;
+  following[at + i] = last ? mine[group * W + i - beside * W] : recent[at + i];
+}
+"""
 Pair = tuple[mx.array, mx.array]  # keys and values
 
 
-def attend(q: mx.array, cached: Pair, recent: Pair, new: Pair, counts: mx.array, scale: float) -> tuple[mx.array, Pair]:
-    """softmax(scale · q Kᵀ) V over all that counts (above), and `recent` with `new` behind what counts of it.
+def attend(q: mx.array, cached: Pair, recent: Pair, layer: int, new: Pair, counts: mx.array, scale: float) -> mx.array:
+    """softmax(scale · q Kᵀ) V over all that counts (above) for this layer.
 
     q: (1, heads, 1, width); counts: (2,) int32. `scale` is a number.
     """
     if on_cuda():
-        return _by_kernel(q, cached, recent, new, counts, scale)
-    place = mx.arange(RECENT)[:, None] == counts[1]  # (RECENT, 1)
-    following = mx.where(place, new[0], recent[0]), mx.where(place, new[1], recent[1])
-    keys, values = (mx.concatenate(parts, axis=2) for parts in zip(cached, following, strict=True))
+        return _by_kernel(q, cached, recent, layer, new, counts, scale)
+    beside = [_with_new(all_of[layer][None], each, counts) for all_of, each in zip(recent, new, strict=True)]
+    keys, values = (mx.concatenate(parts, axis=2) for parts in zip(cached, beside, strict=True))
     seen = mx.concatenate([mx.arange(cached[0].shape[2]) < counts[0], mx.arange(RECENT) <= counts[1]])
     scores = scale * q.reshape(1, keys.shape[1], -1, q.shape[-1]) @ keys.swapaxes(-1, -2)  # (1, groups, shared, tokens)
     weights = mx.softmax(mx.where(seen, scores, -mx.inf), axis=-1, precise=True).astype(values.dtype)
-    return (weights @ values).reshape(*q.shape[:3], -1), following
+    return (weights @ values).reshape(*q.shape[:3], -1)
 
 
-def _by_kernel(q: mx.array, cached: Pair, recent: Pair, new: Pair, counts: mx.array, scale: float) -> Any:
-    heads, value_shape = q.shape[1], (*q.shape[:3], cached[1].shape[-1])
-    out, *following = _kernel(_built.get(q.dtype, build))(
-        inputs=[q, *cached, *recent, *new, counts, mx.array([scale], mx.float32)],
-        template=[("T", q.dtype), ("K", q.shape[-1]), ("V", value_shape[-1]), ("RECENT", RECENT), ("WARPS", WARPS)],
+def following(recent: mx.array, new: Sequence[mx.array], counts: mx.array) -> mx.array:
+    """`recent`, of all layers, with what is new of each behind what counts of it."""
+    if not on_cuda():
+        return _with_new(recent, mx.concatenate(new), counts)
+    layers, groups, _, width = recent.shape
+    (out,) = _keep(layers, _built.get(recent.dtype, build))(
+        inputs=[recent, counts, *new],
+        template=[("T", recent.dtype), ("W", width), ("RECENT", RECENT)],
+        grid=(layers * groups * 256, 1, 1),
+        threadgroup=(256, 1, 1),
+        output_shapes=[recent.shape],
+        output_dtypes=[recent.dtype],
+    )
+    return out
+
+
+def _with_new(recent: mx.array, new: mx.array, counts: mx.array) -> mx.array:
+    return mx.where(mx.arange(RECENT)[:, None] == counts[1], new, recent)
+
+
+def _by_kernel(
+    q: mx.array, cached: Pair, recent: Pair, layer: int, new: Pair, counts: mx.array, scale: float
+) -> mx.array:
+    heads, shape = q.shape[1], (*q.shape[:3], cached[1].shape[-1])
+    (out,) = _kernel(_built.get(q.dtype, build))(
+        inputs=[q, *cached, *recent, *new, counts, mx.array([scale], mx.float32), mx.array([layer], mx.int32)],
+        template=[("T", q.dtype), ("K", q.shape[-1]), ("V", shape[-1]), ("RECENT", RECENT), ("WARPS", WARPS)],
         grid=(heads * LANES * WARPS, 1, 1),
         threadgroup=(LANES * WARPS, 1, 1),
-        output_shapes=[value_shape, recent[0].shape, recent[1].shape],
-        output_dtypes=[q.dtype] * 3,
+        output_shapes=[shape],
+        output_dtypes=[q.dtype],
     )
-    return out, tuple(following)
+    return out
 
 
 _built: dict[mx.Dtype, Callable[..., Any]] = {}  # how the kernel is built for each type
@@ -134,7 +155,16 @@ _built: dict[mx.Dtype, Callable[..., Any]] = {}  # how the kernel is built for e
 
 @cache
 def _kernel(way: Callable[..., Any]) -> Any:
-    return way("attend", INPUTS, OUTPUTS, SOURCE, FEW)
+    return way("attend", INPUTS, ["out"], SOURCE, FEW)
+
+
+@cache
+def _keep(layers: int, way: Callable[..., Any]) -> Any:
+    new = "new_0"
+    for layer in range(1, layers):
+        new = f"layer == {layer} ? new_{layer} : ({new})"
+    inputs = ["recent", "counts", *(f"new_{layer}" for layer in range(layers))]
+    return way("keep", inputs, ["following"], spelled(KEEP, {"NEW": new}), "")
 
 
 def serves(q: mx.array, keys: mx.array, values: mx.array) -> bool:
@@ -151,28 +181,30 @@ def is_right(dtype: mx.Dtype, widths: tuple[int, int]) -> bool:
     on small arrays, and remembered."""
     if not on_cuda():
         return True
-    text = hashlib.sha256((SOURCE + FEW).encode()).hexdigest()
+    text = hashlib.sha256((SOURCE + KEEP + FEW).encode()).hexdigest()
     kind = f"attend {text[:16]}, {dtype}, {widths[0]} and {widths[1]} wide"
     return set(widths) <= set(WIDTHS) and tried(kind, _built, dtype, partial(_error, dtype, widths), MOST_ERROR)
 
 
 def _error(dtype: mx.Dtype, widths: tuple[int, int]) -> float:
     """How far the kernel is off, relative to the largest number; infinite where it is refused."""
-    groups, cached, beside = 2, 170, 5
-    shapes = [(1, 4, 1, widths[0]), *[(1, groups, n, width) for n in (192, RECENT, 1) for width in widths]]
+    groups, cached, beside, layer = 2, 170, 5, 1
+    shapes = [(1, 4, 1, widths[0]), *[(n, groups, m, w) for n, m in ((1, 192), (3, RECENT), (3, 1)) for w in widths]]
     keys = mx.random.split(mx.random.key(0), len(shapes))
     q, *rest = (mx.random.normal(shape, key=key).astype(dtype) for shape, key in zip(shapes, keys, strict=True))
-    pairs = before, recent, new = [(rest[i], rest[i + 1]) for i in (0, 2, 4)]
+    before, recent, news = [(rest[i], rest[i + 1]) for i in (0, 2, 4)]
+    new, counts = (news[0][layer][None], news[1][layer][None]), mx.array([cached, beside], mx.int32)
     try:
-        out, following = _by_kernel(q, before, recent, new, mx.array([cached, beside], mx.int32), 0.3)
-        mx.eval(out, following)
+        out = _by_kernel(q, before, recent, layer, new, counts, 0.3)
+        kept = [following(mine, mx.split(its, 3), counts) for mine, its in zip(recent, news, strict=True)]
+        mx.eval(out, kept)
     except (RuntimeError, ValueError, OSError, KeyError):
         return math.inf
-    all_of = [[pairs[0][i][:, :, :cached], pairs[1][i][:, :, :beside], pairs[2][i]] for i in (0, 1)]
+    all_of = [[before[i][:, :, :cached], recent[i][layer][None, :, :beside], new[i]] for i in (0, 1)]
     k, v = (mx.repeat(mx.concatenate(parts, axis=2).astype(mx.float32), 2, axis=1) for parts in all_of)
     expected = mx.softmax(0.3 * q.astype(mx.float32) @ k.swapaxes(-1, -2), axis=-1) @ v
     error = mx.abs(out.astype(mx.float32) - expected).max() / mx.abs(expected).max()
     for i in (0, 1):
-        moved = mx.abs(following[i][:, :, : beside + 1] - mx.concatenate(all_of[i][1:], axis=2)).max()
-        error = mx.maximum(error, moved.astype(mx.float32))
+        moved = mx.concatenate([recent[i][:, :, :beside], news[i]], axis=2)
+        error = mx.maximum(error, mx.abs(kept[i][:, :, : beside + 1] - moved).max().astype(mx.float32))
     return error.item() if math.isfinite(error.item()) else math.inf

@@ -41,11 +41,11 @@ class _Unsuited(Exception):
 class _Beside:
     """Stands in for a layer's cache while a step is traced."""
 
-    def __init__(self, cached: Pair, recent: Pair, counts: mx.array) -> None:
-        self.cached, self.recent, self.counts = cached, recent, counts
+    def __init__(self, layer: int, cached: Pair, recent: Pair, counts: mx.array) -> None:
+        self.layer, self.cached, self.recent, self.counts = layer, cached, recent, counts
         self.offset = counts[0:1] + counts[1:2]  # as a batch of one row has it
         self.new: Pair | None = None
-        self.following: Pair | None = None
+        self.attended = False
 
     def make_mask(self, length: int, return_array: bool = False, window_size: int | None = None) -> None:
         """None: the token may look at all."""
@@ -63,15 +63,15 @@ class _Beside:
     def attend(self, q: mx.array, scale: float) -> mx.array:
         """Attention to all that came before."""
         assert self.new is not None
-        if self.following is not None or not attention.serves(q, *self.new):
+        if self.attended or not attention.serves(q, *self.new):
             raise _Unsuited
         if any(
             new.shape[:2] + new.shape[3:] != old.shape[:2] + old.shape[3:]
             for new, old in zip(self.new, self.cached, strict=True)
         ):
             raise _Unsuited
-        out, self.following = attention.attend(q, self.cached, self.recent, self.new, self.counts, scale)
-        return out
+        self.attended = True
+        return attention.attend(q, self.cached, self.recent, self.layer, self.new, self.counts, scale)
 
 
 @dataclass
@@ -141,31 +141,32 @@ class OneToken:
     def finish(self) -> None:
         """Let the cache have what lies beside it."""
         count, self._beside = self._beside, 0
-        pairs = zip(self._recent[::2], self._recent[1::2], strict=True)
-        for layer, (keys, values) in zip(self._cache, pairs, strict=True) if count else ():
-            layer.update_and_fetch(keys[..., :count, :], values[..., :count, :])
+        for number, layer in enumerate(self._cache if count else ()):
+            layer.update_and_fetch(*(beside[number : number + 1, :, :count] for beside in self._recent))
 
     def _suits(self, cache: Sequence[Any]) -> bool:
         if self._cache is cache:  # looked at before
             return cache[0].offset < MOST_TOKENS
         if self._kept.right is False or not all(type(each) is KVCache and each.keys is not None for each in cache):
             return False
-        kinds = {(layer.keys.dtype, (layer.keys.shape[-1], layer.values.shape[-1])) for layer in cache}
-        alike = len({layer.offset for layer in cache}) == 1 and cache[0].offset < MOST_TOKENS
-        return alike and all(attention.is_right(*kind) for kind in kinds)
+        shapes = {(*layer.keys.shape[:2], layer.keys.shape[-1], layer.values.shape[-1]) for layer in cache}
+        alike = len(shapes) == len({layer.keys.dtype for layer in cache}) == len({layer.offset for layer in cache}) == 1
+        widths = cache[0].keys.shape[-1], cache[0].values.shape[-1]
+        return alike and cache[0].offset < MOST_TOKENS and attention.is_right(cache[0].keys.dtype, widths)
 
     def _one(self, tokens: mx.array, cache: Sequence[Any]) -> mx.array:
         if self._cache is not cache or self._beside == RECENT:
             self.finish()
         if self._cache is not cache:
-            shapes = [(*a.shape[:2], RECENT, a.shape[3]) for layer in cache for a in (layer.keys, layer.values)]
-            self._recent, self._cache = [mx.zeros(shape, cache[0].keys.dtype) for shape in shapes], cache
+            first = cache[0].keys, cache[0].values
+            shapes = [(len(cache), a.shape[1], RECENT, a.shape[3]) for a in first]
+            self._recent, self._cache = [mx.zeros(shape, first[0].dtype) for shape in shapes], cache
         expected = None
         if self._kept.right is None:
             expected = self.module(tokens, cache=[copy.copy(layer) for layer in cache])
         arrays = [array for layer in cache for array in (layer.keys, layer.values)]
         counts = mx.array([cache[0].offset, self._beside], mx.int32)
-        logits, *following = self._step()(tokens, counts, *arrays, *self._recent)
+        logits, *following = self._step()(tokens, counts, *self._recent, *arrays)
         if expected is not None:
             self._kept.right = _near(logits, expected)
             if not self._kept.right:
@@ -195,18 +196,24 @@ def serves() -> bool:
     return on_cuda()
 
 
-def _traced(module: nn.Module, tokens: mx.array, counts: mx.array, *arrays: mx.array) -> list[mx.array]:
-    """Logits, and what lies beside the cache after it: `arrays` are the cache's, then those beside it."""
-    pairs = list(zip(arrays[::2], arrays[1::2], strict=True))
-    layers = [_Beside(*both, counts) for both in zip(pairs[: len(pairs) // 2], pairs[len(pairs) // 2 :], strict=True)]
+def _traced(
+    module: nn.Module, tokens: mx.array, counts: mx.array, keys: mx.array, values: mx.array, *cached: mx.array
+) -> list[mx.array]:
+    """Logits, and what lies beside the cache after it: `keys` and `values` are what did before it."""
+    pairs = zip(cached[::2], cached[1::2], strict=True)
+    layers = [_Beside(number, pair, (keys, values), counts) for number, pair in enumerate(pairs)]
     with _attention_of(layers):
         try:
             logits = module(tokens, cache=layers)
         except (TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
             raise _Unsuited from error
-    if any(layer.following is None for layer in layers):
+    new = [layer.new for layer in layers if layer.new is not None and layer.attended]
+    if len(new) < len(layers):
         raise _Unsuited
-    return [logits, *(array for layer in layers for array in layer.following or ())]
+    return [
+        logits,
+        *(attention.following(*each, counts) for each in zip((keys, values), zip(*new, strict=True), strict=True)),
+    ]
 
 
 @contextlib.contextmanager

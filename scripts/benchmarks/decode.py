@@ -209,12 +209,20 @@ def unpack_for_prompts(model):
             intercept(layer, lambda original, x, product=product: product(x))
 
 
+class After(ForAll):
+    """One token's update by a kernel of its own, after the product."""
+
+    def of_token(self, product, x, widths):
+        return self.linears(product(x), x, widths)
+
+
 # Name -> (class of the update, keywords of the pool).
 VARIANTS = {
     "each layer": (ForAll, dict(group=False)),
     "groups": (ForAll, dict(group=True)),
     "groups compiled": (ForAll, dict(group=True)),
     "groups, one token": (ForAll, dict(group=True)),
+    "groups, two kernels, one token": (After, dict(group=True)),
     "groups padded": (Padded, dict(group=True)),
     "groups addmm": (Added, dict(group=True)),
     "groups gather": (Gathered, dict(group=True)),
@@ -304,6 +312,7 @@ def decode(variant, model, batch, tokens, clock, before=16, gpu=False):
         if stamp is not None:
             y, began = stamped(stamp, y)
             y, ended = stamped(stamp, mx.argmax(model(y[:, None], cache=cache)[:, -1], axis=-1))
+            mx.eval(y, began, ended)
             began, ended = (int(low) + (int(high) << 32) for low, high in (began.tolist(), ended.tolist()))
             steps.append((ended - began) * 1e-9)
             continue
@@ -397,7 +406,7 @@ def show(shape, batch, options, results, seconds):
         f"tokens, rounds of {options.tokens}, {mx.default_device()}{', its own time' if options.gpu else ''}, "
         f"{seconds:.0f} s"
     )
-    print(f"{'variant':18}{'ms a token':>11}{'tok/s':>8}   of {fused!r:24}{'error':>9}{'switch ms':>10}{'attach s':>9}")
+    print(f"{'variant':31}{'ms a token':>11}{'tok/s':>8}   of {fused!r:24}{'error':>9}{'switch ms':>10}{'attach s':>9}")
     for name, result in results.items():
         means = [statistics.mean(steps) for steps in result["rounds"]]
         if not means or not results.get(fused, {}).get("rounds"):
@@ -407,7 +416,7 @@ def show(shape, batch, options, results, seconds):
         result["seconds"], result["of_fused"] = statistics.median(means), statistics.median(ratios)
         figures = f"{result['of_fused']:.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})"
         print(
-            f"{name:18}{1e3 * result['seconds']:11.3f}{batch / result['seconds']:8.1f}   {figures:27}"
+            f"{name:31}{1e3 * result['seconds']:11.3f}{batch / result['seconds']:8.1f}   {figures:27}"
             f"{result.get('error', 0):9.1e}{result.get('switch_ms', 0):10.2f}{result.get('attach_seconds', 0):9.2f}",
             flush=True,
         )
@@ -420,7 +429,7 @@ def show(shape, batch, options, results, seconds):
                     ratios.append(f"{own / of:.3f}")
                 ratios.append(f"of {base}")
             own = statistics.median(results[name]["prefill"].get(tokens) or [math.nan])
-            print(f"prefill of {tokens} tokens: {name:18} {1e3 * own:8.1f} ms, {' '.join(ratios)}", flush=True)
+            print(f"prefill of {tokens} tokens: {name:31} {1e3 * own:8.1f} ms, {' '.join(ratios)}", flush=True)
 
 
 def main():
