@@ -42,6 +42,7 @@ DAMPING, OUTPUT_DAMPING = 0.01, 0.3
 ROW_BLOCKS, FEW_BLOCKS, MANY_ROWS = 8, 4, 2048  # a GPU is as long over a few rows as over many
 ESTIMATED, PROBES = 1 << 23, 256  # weights from which on an error is estimated, and from how many samples
 SWEEPS = 6  # row by row
+PASSES, FEW_PASSES = 4, 2  # over the blocks of rows, after the first; FEW of MANY_ROWS
 NOTABLE_LOSS, MOST_AIM = 0.01, 1.0  # of an update's length
 
 
@@ -204,7 +205,8 @@ class _BlockedRounder:
         self._keep_if_better(outputs)
 
     def round_together(self, outputs: Array, update: Array | None = None) -> None:
-        """Each block against the errors of those before it, then twice (large: once) against those of all others."""
+        """Each block against the errors of those before it, then several times (large: once) against those of all
+        others."""
         xp, engine = self.engine.xp, self.engine
         factor = engine.factor(outputs)
         inverses = engine.each(engine.inverse_upper, [factor[..., span, span] for span in self.spans])
@@ -215,7 +217,8 @@ class _BlockedRounder:
                 shift = before @ factor[..., : span.start, span] @ inverses[number]
             self._round(number, shift, 1)
         inverses = engine.each(self._inverse, [outputs[..., span, span] for span in self.spans])
-        for passed in range(2 if self.weight.size <= engine.large else 1):
+        passes = FEW_PASSES if self.weight.shape[-1] >= MANY_ROWS else PASSES
+        for passed in range(passes if self.weight.size <= engine.large else 1):
             moved = None if update is None else self._correct_aim(update, outputs)
             if moved is not None:
                 self.best_loss = xp.where(moved, np.float32(np.inf), self.best_loss)  # of another target
