@@ -7,12 +7,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from mlx_adapters.assembly.plan import LayerPlan
+from mlx_adapters.assembly.spool import Spool
 from mlx_adapters.assembly.weights import Updates
 from mlx_adapters.assembly.writing import dtype_name
 from mlx_adapters.calibration.blockwise import BlockwiseModel
 from mlx_adapters.calibration.collecting import Collector
 from mlx_adapters.calibration.moments import EXPERTS_SHARE, ExpertMoments, Moments, mix
-from mlx_adapters.calibration.spool import Spool
 from mlx_adapters.config.quantization import Quantization
 from mlx_adapters.data.batches import TokenBatch
 from mlx_adapters.errors import FormatError

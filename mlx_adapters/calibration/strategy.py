@@ -1,10 +1,12 @@
 """The part of a fuse that reads text: which method and precision, calibration, and the check."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+from mlx_adapters.assembly.spool import Spool
 from mlx_adapters.assembly.tensors import Assembly
 from mlx_adapters.assembly.weights import Updates
 from mlx_adapters.assembly.writing import dtype_name
@@ -20,7 +22,7 @@ from mlx_adapters.calibration.mixed import (
     until_promise,
     within_budget,
 )
-from mlx_adapters.calibration.spool import Spool
+from mlx_adapters.calibration.polish import TUNING_PASSES, polished
 from mlx_adapters.calibration.texts import Text, as_memory_allows, choose_text, tokens_in
 from mlx_adapters.config.fusing import FuseOptions
 from mlx_adapters.config.mapping import to_mapping
@@ -115,10 +117,10 @@ class Strategy:
         kept = 0
         for plan in assembly.plans:
             if plan.rounded_to:
-                made = [
-                    layer_bytes(plan, q, dtype_name(assembly.scale_dtype)) for q in {plan.rounded_to, *self._finer()}
-                ]
-                kept, size = kept + sum(made), size + max(made) - min(made)  # the finest may be chosen
+                every = {plan.rounded_to, *self._finer()}
+                made = [layer_bytes(plan, q, dtype_name(assembly.scale_dtype)) for q in every]
+                kept += sum(made) + (max(made) if self.options.thorough else 0)
+                size += max(made) - min(made)  # the finest may be chosen
         return kept + size
 
     def _finer(self) -> set[Quantization]:
@@ -149,8 +151,10 @@ class Strategy:
         if self.mixed:
             self.targets = self._choose_targets(spool)
             assembly.retarget(self.targets)
-        if self._nearest_is_better(spool):
+        if self._nearest_is_better(spool, self.text.calibration):
             self._round_to_nearest(spool, NEAREST)
+        elif self.options.thorough:
+            self._polish(spool, self.text.calibration)
 
     def _round_layers(self, spool: Spool, rows: list[TokenRow]) -> list[str] | None:
         """Fill `spool`: `round_layers`, or None where the model has no gradient to calibrate by."""
@@ -170,7 +174,7 @@ class Strategy:
                     self._foretelling(rows),
                     self._finer(),
                     options.seed,
-                    options.thorough,
+                    options.thorough is not False,
                 )
             except ModelError as error:
                 if self.mixed or options.method == "calibrated":
@@ -181,10 +185,11 @@ class Strategy:
         return as_memory_allows(run, rows, assembly.base)
 
     def _foretelling(self, rows: list[TokenRow]) -> OnEvent:
-        """`on_event`, told with the progress of rounding what judging will take, by the pace of the forward pass: it
-        takes three models through other rows."""
+        """`on_event`, told with the progress of rounding what comes later, by the pace of the forward pass: judging
+        takes three models through other rows, tuning a pass is three as long."""
         check = self.text.check if self.text and self.options.check else []
         share = 3 * (tokens_in(self._judging(rows)) + tokens_in(check)) / max(tokens_in(rows), 1)
+        share += 3 * TUNING_PASSES if self.options.thorough else 0
         began, forward = time.monotonic(), 0.0
 
         def on_event(event: Event) -> None:
@@ -197,6 +202,15 @@ class Strategy:
 
         return on_event
 
+    def _polish(self, spool: Spool, rows: list[TokenRow]) -> None:
+        """Tune the scales of what calibration rounded, and tell what that brought."""
+        try:
+            told = polished(self.assembly, spool, self._rounded(spool), rows, self.on_event)
+        except ModelError as error:
+            return self.warn(f"Scales were not tuned: {error.message.removesuffix('.')}")
+        self.notes += (told,)
+        self.on_event(Note(f"{told}."))
+
     def _round_to_nearest(self, spool: Spool, why: str) -> None:
         self.method, self.calibrated_in_vain = "nearest", True
         self.notes += (f"rounded to nearest: {why}",)
@@ -207,40 +221,44 @@ class Strategy:
         """The precision of the layers that calibration rounded."""
         return {plan.path: plan.target for plan in self.assembly.plans if (plan.path, plan.target) in spool.losses}
 
+    def _model(
+        self, spool: Spool, targets: Mapping[str, Quantization | None], beside: BlockwiseModel
+    ) -> BlockwiseModel:
+        """The adapter model, with what `spool` holds of it at these precisions."""
+
+        def stored(path: str) -> mx.array | None:
+            packed = spool.get(path, targets.get(path))
+            return None if packed is None else dequantize(packed)
+
+        updates = self.assembly.updates
+        touched = set(targets) | updates.paths()
+        return BlockwiseModel(self.assembly.base, updates, touched.__contains__, stored, beside)
+
     def _judging(self, rows: list[TokenRow]) -> list[TokenRow]:
         return spread(rows, max(JUDGING_ROWS, len(rows) // 10))
 
-    def _nearest_is_better(self, spool: Spool) -> bool:
+    def _nearest_is_better(self, spool: Spool, rows: list[TokenRow]) -> bool:
         """Whether the whole model, at the chosen precisions, strays less on (some of) the calibration rows with all
         layers rounded to nearest.
 
         Layers are judged one by one before; few rows do not tell how their errors add up.
         """
         assembly, targets = self.assembly, self._rounded(spool)
-        rows = self._judging(self.text.calibration if self.text else [])
-
-        def calibrated(path: str) -> mx.array | None:
-            packed = spool.get(path, targets.get(path))
-            return None if packed is None else dequantize(packed)
 
         def variants() -> Variants:
             exact = BlockwiseModel(assembly.base, assembly.updates)
 
             def nearest(path: str) -> mx.array | None:
                 target = targets.get(path)
-                if target is None:
-                    return None
-                return dequantize(to_nearest(plain.source.fused(path, assembly.updates), target, assembly.scale_dtype))
+                whole = plain.source.fused(path, assembly.updates)
+                return target and dequantize(to_nearest(whole, target, assembly.scale_dtype))
 
-            fused, plain = (
-                BlockwiseModel(assembly.base, assembly.updates, touched.__contains__, stored, exact)
-                for stored in (calibrated, nearest)
-            )
-            return exact, fused, plain
+            plain = BlockwiseModel(assembly.base, assembly.updates, touched.__contains__, nearest, exact)
+            return exact, self._model(spool, targets, exact), plain
 
         touched = set(targets) | assembly.updates.paths()
         assembly.close()
-        fidelity = measured(variants, rows, assembly.base)
+        fidelity = measured(variants, self._judging(rows), assembly.base)
         return fidelity.base_kl is not None and fidelity.base_kl < fidelity.kl_mean
 
     def _choose_targets(self, spool: Spool) -> dict[str, Quantization | None]:
@@ -256,17 +274,11 @@ class Strategy:
         def measure(targets: dict[str, Quantization | None]) -> float:
             chosen = start | targets
 
-            def stored(path: str) -> mx.array | None:
-                packed = spool.get(path, chosen.get(path))
-                return None if packed is None else dequantize(packed)
-
             def variants() -> Variants:
-                exact = BlockwiseModel(assembly.base, updates)
-                return exact, BlockwiseModel(assembly.base, updates, touched.__contains__, stored, exact), None
+                exact = BlockwiseModel(assembly.base, assembly.updates)
+                return exact, self._model(spool, chosen, exact), None
 
             assembly.close()
-            updates = assembly.updates
-            touched = set(chosen) | updates.paths()
             return measured(variants, rows, assembly.base).kl_mean
 
         enough = until_promise(steps, total, options.max_kl or 0.0, measure, self.on_event)

@@ -34,11 +34,13 @@ class FuseOptions:
         metavar="DIR|FILE",
     )
     calibration_rows: int = setting(128, "Rows to calibrate on", at_least=1)
-    thorough: bool = setting(
-        True,
-        "Let a layer's rows cancel each other's errors; quick: a third of the rounding time",
-        more="About half the KL. Experts (each sees too few tokens to know how its outputs are felt together) and "
-        "layers of over 16,384 outputs (whose moments would not fit) are rounded row by row all the same.",
+    thorough: bool | None = setting(
+        None,
+        "Tune scales by gradient after rounding; quick: round row by row, in a third of the time",
+        more="But for quick, a layer's rows cancel each other's errors, at about half its KL. Experts (each sees too "
+        "few tokens to know how its outputs are felt together) and layers of over 16,384 outputs (whose moments would "
+        "not fit) are rounded row by row all the same. Scales of experts and of the float modes are not tuned.",
+        means="neither",
         off="quick",
     )
     check: bool = setting(True, "Compare with the adapter model on text kept aside")

@@ -14,10 +14,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from mlx_adapters.assembly.formats import make_writer
+from mlx_adapters.assembly.spool import Spool, key_of, spooled
 from mlx_adapters.assembly.tensors import Assembly, Writer, open_assembly
 from mlx_adapters.assembly.weights import Updates
 from mlx_adapters.assembly.writing import SPARE_BYTES, companion_bytes
-from mlx_adapters.calibration.spool import Spool, key_of, spooled
 from mlx_adapters.calibration.strategy import Strategy
 from mlx_adapters.calibration.texts import GENERAL, PYTHON, choose_text
 from mlx_adapters.config.fusing import DEFAULTS, FuseOptions, with_calibration
@@ -153,7 +153,7 @@ def fuse(
         )
         _refuse_unfaithful(result, options)
         made = replace(_recipe(strategy, writer, given, dtype), weights_sha256=hashes.result())
-        files.write_json(folder / FUSE_RECIPE_FILE, {"format": 1} | asdict(made))
+        files.write_json(folder / FUSE_RECIPE_FILE, {"format": 2} | asdict(made))
         files.write_json(folder / REPORT_FILE, report(result) | {"files": recipes.written_in(folder)})
     return result
 

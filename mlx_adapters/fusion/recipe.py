@@ -124,12 +124,14 @@ def read_recipe(path: str | Path | Named) -> Recipe:
     """Read a recipe from its file or the folder that holds it. Raises NotFoundError or FormatError."""
     path = paths.expanded(path if isinstance(path, str | Path) else path.reference)
     raw = files.read_json(path / FUSE_RECIPE_FILE if path.is_dir() else path)
-    raw.pop("format", None)
+    form = raw.pop("format", 1)
     try:
         recipe = Recipe(**raw)
     except TypeError:
         raise FormatError(f"'{path}' is not a fuse recipe.", f"it is called {FUSE_RECIPE_FILE}.") from None
     metadata.check(raw, KINDS, f"The fuse recipe '{path}'")
+    if form == 1 and recipe.options.get("thorough"):  # it meant no more then than not to be quick
+        recipe.options["thorough"] = None
     try:
         Precision.of(recipe.quantization)
         require(isinstance(recipe.text, dict | None), "Its text is not as it was written.")

@@ -19,13 +19,13 @@ from mlx.utils import tree_flatten
 
 from mlx_adapters import TrainConfig, errors, load_adapter, train
 from mlx_adapters.assembly.plan import LayerPlan
+from mlx_adapters.assembly.spool import Spool
 from mlx_adapters.assembly.weights import Updates
 from mlx_adapters.calibration import fidelity, mixed, texts
 from mlx_adapters.calibration.blockwise import BlockwiseModel
 from mlx_adapters.calibration.collecting import Collector, HiddenStates, fisher_probe
 from mlx_adapters.calibration.fidelity import measure_fidelity
 from mlx_adapters.calibration.moments import ExpertMoments
-from mlx_adapters.calibration.spool import Spool
 from mlx_adapters.calibration.texts import GENERAL, choose_text
 from mlx_adapters.cli import cli
 from mlx_adapters.config.fusing import FuseOptions

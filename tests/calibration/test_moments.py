@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from helpers.fusing import some_rows, visible_adapter
 
+from mlx_adapters.assembly.spool import Spool
 from mlx_adapters.assembly.weights import Updates
 from mlx_adapters.calibration import calibrate, fidelity, moments, spool, texts
 from mlx_adapters.calibration.blockwise import BlockwiseModel
 from mlx_adapters.calibration.collecting import Collector
 from mlx_adapters.calibration.fidelity import measure_fidelity
 from mlx_adapters.calibration.moments import ExpertMoments, Seen, mix
-from mlx_adapters.calibration.spool import Spool
 from mlx_adapters.config.fusing import FuseOptions
 from mlx_adapters.data.batches import make_batches
 from mlx_adapters.errors import FormatError, ModelError

@@ -10,6 +10,7 @@ from mlx_adapters.cli import cli
 from mlx_adapters.config.fusing import FuseOptions
 from mlx_adapters.errors import ConfigError
 from mlx_adapters.fusion.fuse import fuse
+from mlx_adapters.fusion.recipe import read_recipe
 from mlx_adapters.models.adapter import write_adapter
 
 LOW, HIGH = 4, 6
@@ -42,6 +43,10 @@ def test_a_search_starts_from_a_recipe(tiny_model, tmp_path):
     assert plain.bits_per_weight < richer.bits_per_weight <= plain.bits_per_weight + 0.5
     recipe = json.loads((tmp_path / "more" / "fuse_recipe.json").read_text())
     assert recipe["options"]["recipe"] == "mixed_3_6"
+    for form, meant in ((1, None), (2, True)):  # of the first form it said no more than "not quick"
+        older = recipe | {"format": form, "options": recipe["options"] | {"thorough": True}}
+        (tmp_path / "fuse_recipe.json").write_text(json.dumps(older))
+        assert read_recipe(tmp_path).options["thorough"] is meant
 
 
 def test_recipes_that_cannot_be(tiny_model, tmp_path, home):

@@ -90,6 +90,13 @@ class Spool:
             return None
         return Packed.of(tensor_files.read_safetensors(self.folder / file), quantization)
 
+    def exchange(self, path: str, packed: Packed) -> None:
+        """Hand out this in place of the layer at that precision. The record keeps what was there: who goes on from it
+        starts there again."""
+        name = f"exchanged-{len(self._files):06d}-{path}.safetensors"
+        tensor_files.write_safetensors(self.folder / name, packed.tensors)
+        self._files[path, packed.quantization] = name
+
     def remove(self) -> None:
         """Delete and forget everything."""
         self._files = {}

@@ -7,7 +7,7 @@ import pytest
 from click.testing import CliRunner
 from helpers.fusing import visible_adapter
 
-from mlx_adapters.calibration import spool
+from mlx_adapters.assembly import spool
 from mlx_adapters.cli import cli
 from mlx_adapters.config.fusing import FuseOptions
 from mlx_adapters.errors import ConfigError, NotFoundError, TrainingError
