@@ -24,7 +24,7 @@ from mlx_adapters.sources.lookup import iteration_of, registered
 from mlx_adapters.sources.references import Reference, check_name
 from mlx_adapters.sources.registry import Entry
 from mlx_adapters.storage import files, paths, temporaries, tensor_files
-from mlx_adapters.storage.tensor_names import ADAPTER_FILE, CHECKPOINTS_FOLDER, METADATA_FILE
+from mlx_adapters.storage.tensor_names import ADAPTER_FILE, CHECKPOINT_OUTPUT, CHECKPOINTS_FOLDER, METADATA_FILE
 
 
 @dataclass(frozen=True)
@@ -224,7 +224,7 @@ def _remove_checkpoints(entry: Entry, iterations: Sequence[int], dry_run: bool =
     if dry_run:
         return Removed(entry.name, tuple(iterations), before - paths.size_on_disk(entry.folder, without=doomed))
     for path in doomed:
-        files.remove(path)
+        files.remove(path, CHECKPOINT_OUTPUT)
     return Removed(entry.name, tuple(iterations), before - paths.size_on_disk(entry.folder))
 
 

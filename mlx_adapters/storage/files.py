@@ -238,10 +238,17 @@ def move(source: Path, target: Path) -> None:
         flush_path(Path(target).parent)
 
 
-def remove(path: Path) -> None:
-    """Remove a file or folder so that it is gone at once, even if the deletion is interrupted."""
+def remove(path: Path, ours: Output | None = None) -> None:
+    """Remove a file or folder so that it is gone at once, even if the deletion is interrupted.
+
+    With `ours`, of a folder that holds anything else only these files go.
+    """
     path = Path(path)
     with storage_errors(path):
+        if ours is not None and path.is_dir() and (own := ours.among(path)) is not None:
+            for name in own:
+                (path / name).unlink()
+            return
         if not path.is_dir() or path.is_symlink():
             path.unlink()
             return

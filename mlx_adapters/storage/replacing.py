@@ -40,6 +40,13 @@ class Output:
         known = re.compile(f"{re.escape(self.mark)}|{self.also}" if (folder / self.mark).is_file() else "")
         return [name for name in _files(folder) if not known.fullmatch(name) or self._is_written(folder / name)]
 
+    def among(self, folder: Path) -> list[str] | None:
+        """Its files in a folder that holds others, too, the mark at the end; None where there are no others."""
+        known = re.compile(f"{re.escape(self.mark)}|{self.also}")
+        there = _files(folder)
+        own = sorted((name for name in there if known.fullmatch(name)), key=self.mark.__eq__)
+        return None if len(own) == len(there) else own
+
     def _is_written(self, path: Path) -> bool:
         if path.name != README:
             return False

@@ -30,13 +30,13 @@ REFERENCE_FILE = "reference.safetensors"  # of a run: what its reference model s
 FUSE_RECIPE_FILE, REPORT_FILE = "fuse_recipe.json", "fuse_report.json"
 CHECKPOINTS_FOLDER = "checkpoints"
 ROWS_FOLDER = "rows"  # of a run on rows from Python, which no other file holds
-CHECKPOINT_FILE = re.compile(r"(\d{7,})_adapters\.safetensors")
+CHECKPOINT_FILE = re.compile(r"([0-9]{7,})_adapters\.safetensors")
 # All that is ever written into an adapter's folder, by training, by choosing, by `card` and by `add`.
 CHECKPOINT_OUTPUT = Output("state.json", r"(adapters|optimizer)\.safetensors")
 ADAPTER_OUTPUT = Output(
     CONFIG_FILE,
-    r"(adapters|reference)\.safetensors|adapter_metadata\.json|recipe\.json|\d{7,}_adapters\.safetensors|README\.md|loss\.svg"
-    r"|LICENSE|NOTICE|checkpoints/\d+/(adapters\.safetensors|optimizer\.safetensors|state\.json)"
+    r"(adapters|reference)\.safetensors|adapter_metadata\.json|recipe\.json|[0-9]{7,}_adapters\.safetensors|README\.md|loss\.svg"
+    r"|LICENSE|NOTICE|checkpoints/[0-9]+/(adapters\.safetensors|optimizer\.safetensors|state\.json)"
     r"|rows/(train|valid|test)\.jsonl",
     any_readme=True,
 )

@@ -9,6 +9,8 @@ a run's folder (the best adapter, the links to the weights, the metadata) is der
 import dataclasses
 import hashlib
 import json
+import os
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from mlx_adapters.storage.tensor_names import (
 from mlx_adapters.units import count, duration
 
 VERSION = 1
+NUMBERED = re.compile(r"[0-9]{7}|[1-9][0-9]{7,}")  # as `path_of` writes it
 CURVES = ("train_losses", "validation_losses", "train_figures", "validation_figures")
 OPTIMIZER_FILE, STATE_FILE, RUN_RECIPE_FILE = "optimizer.safetensors", "state.json", "recipe.json"
 
@@ -225,9 +228,11 @@ def _checksum(record: dict[str, Any]) -> str:
 
 
 def iterations(run: Path) -> list[int]:
-    """The iterations that have a checkpoint folder, ascending."""
+    """The iterations that have a checkpoint folder, ascending, damaged ones among them."""
     folder = run / CHECKPOINTS_FOLDER
-    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdecimal()) if folder.is_dir() else []
+    found = [path for path in folder.iterdir() if NUMBERED.fullmatch(path.name)] if folder.is_dir() else []
+    ours = (ADAPTER_FILE, OPTIMIZER_FILE, STATE_FILE)
+    return sorted(int(path.name) for path in found if any(os.path.lexists(path / name) for name in ours))
 
 
 def read_state(run: Path, iteration: int) -> State:
@@ -300,7 +305,7 @@ def _remove(run: Path, iteration: int) -> None:
     link = run / checkpoint_file(iteration)
     if link.exists():
         files.remove(link)
-    files.remove(path_of(run, iteration))
+    files.remove(path_of(run, iteration), CHECKPOINT_OUTPUT)
 
 
 def link_weights(run: Path, meant: int) -> None:

@@ -10,7 +10,7 @@ import pytest
 from helpers.training_tools import cut_after, outcome, write_data
 
 from mlx_adapters import LoraConfig, TrainConfig, train
-from mlx_adapters.adapters.keeping import fill_template, remove, tag, use
+from mlx_adapters.adapters.keeping import fill_template, prune, remove, tag, use
 from mlx_adapters.errors import AdapterError, ConfigError, FormatError, StorageError, TrainingError
 from mlx_adapters.events import CheckpointSaved, ValidationReport
 from mlx_adapters.optimization.step import TrainStep
@@ -178,6 +178,23 @@ def test_a_resume_changes_only_what_training_knows(run):
     chosen = states.path_of(folder, 2) / "adapters.safetensors"
     assert (folder / "adapters.safetensors").read_bytes() == chosen.read_bytes()
     assert after["sha256"]["adapters.safetensors"] == files.sha256(chosen)
+
+
+def test_what_lies_among_the_checkpoints_and_is_none_stays(run):
+    """Folders of the user's with a number as name, also one that Python reads as a number, and notes in our own."""
+    folder = run().folder
+    mine = [folder / "checkpoints" / name for name in ("0000007/mine.txt", "1" * 20 + "/mine", "٣/x", "0000002/notes")]
+    for path in mine:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+    with cut_after(9):
+        train(name="run", resume=True, training=config(iterations=10))
+    (states.path_of(folder, 8) / "state.json").write_text("damaged")
+    train(name="run", resume=True, training=config(iterations=10, keep=1))
+    assert states.iterations(folder)[-1] == 10 and 2 not in states.iterations(folder)
+    prune("run", keep_best=False)
+    assert [path.read_text() for path in mine] == ["mine"] * 4
+    assert there(folder / "checkpoints" / "0000002") == ["notes"]
 
 
 def test_a_resume_that_is_refused_changes_nothing(run):
