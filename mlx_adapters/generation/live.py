@@ -34,6 +34,7 @@ from mlx_adapters.prompt_caches.files import read_cache, write_cache
 from mlx_adapters.prompt_caches.layers import count_of, shortened
 from mlx_adapters.prompt_caches.quantized import new_layers, reaching, require_quantizable
 from mlx_adapters.runtime.attached import Attached, Selection, same
+from mlx_adapters.runtime.factors import get_ready
 from mlx_adapters.runtime.pool import AdapterPool
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.sources.lookup import load_adapter, plain
@@ -450,6 +451,8 @@ def load_model(
         >>> answer.prompt_tokens > 0
         True
     """
+    if adapter is not None:
+        get_ready()
     loaded = None if adapter is None else load_adapter(adapter)
     model = LiveModel(load_plain_model(resolve_base(base), dtype=dtype, dense=dense, template=template, together=None))
     if kv is not None and kv.kv_bits is not None:

@@ -152,6 +152,7 @@ LARGE: Limits = {
     mx.bfloat16: (mx.int16, 0x4480),
     mx.float16: (mx.int16, 0x6400),
 }  # of 1024
+UNSIGNED = {mx.int32: mx.uint32, mx.int16: mx.uint16}
 AT_A_TIME = 64  # arrays that lie in memory once more
 
 
@@ -172,11 +173,12 @@ def first_not_finite(weights: Mapping[str, mx.array], limits: Limits = INFINITY)
 def _are_below(weights: Mapping[str, mx.array], limits: Limits) -> bool:
     """Whether all numbers are, asked of a GPU: a look from the host would move each array there, and back when it is
     used."""
-    tops: list[mx.array] = []
     for dtype, (kind, limit) in limits.items():
         flat = [a.view(kind).reshape(-1) for a in weights.values() if a.dtype == dtype]
         for start in range(0, len(flat), AT_A_TIME):
-            unsigned = mx.concatenate(flat[start : start + AT_A_TIME]) & ((1 << (8 * kind.size - 1)) - 1)
-            tops.append(unsigned.max() < limit)
-            mx.eval(tops[-1])
-    return not tops or mx.stack(tops).all().item()
+            signed = mx.concatenate(flat[start : start + AT_A_TIME])
+            tops = signed.max(), signed.view(UNSIGNED[kind]).max()
+            mx.eval(tops)
+            if tops[0].item() >= limit or tops[1].item() >= limit + (1 << (8 * kind.size - 1)):
+                return False
+    return True

@@ -3,7 +3,6 @@ they are read from the files at once.
 """
 
 import io
-import re
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -124,11 +123,16 @@ def _wanted(
             wanted[join(paths[0], leaf)] = origins.of(arrays)
             grouped.update(map(id, arrays))
     first: dict[int, str] = {}
+    alone: dict[str, mx.array] = {}
     places: dict[str, str] = {}
     for name, array in tree_flatten(module.parameters()):
         if id(array) not in grouped:
             places[name] = first.setdefault(id(array), name)
-            wanted[places[name]] = origins.of([array])
+            alone[places[name]] = array
+    if all_read := origins.of(list(alone.values())):
+        wanted |= {name: [tensor] for name, tensor in zip(alone, all_read, strict=True)}
+    else:
+        wanted |= {name: origins.of([array]) for name, array in alone.items()}
     wanted = {name: tensors for name, tensors in wanted.items() if tensors}
     return wanted, {name: one for name, one in places.items() if one in wanted}
 
@@ -158,7 +162,8 @@ class Origins:
     def of(self, arrays: Sequence[mx.array]) -> list[StoredTensor]:
         """The tensors of files that these arrays are; none if one of them is anything else, or is changed."""
         found = [self._of(array) for array in arrays]
-        return [] if None in found else [tensor for tensor in found if tensor is not None]
+        tensors = [tensor for tensor in found if tensor is not None]
+        return tensors if len(tensors) == len(arrays) and _are_as_read(arrays) else []
 
     def require_unchanged(self) -> None:
         """Raise OSError if a file was replaced since: MLX would have gone on with the old one."""
@@ -170,15 +175,18 @@ class Origins:
         held, path, name = self._places.get(id(array), (None, Path(), ""))
         if held is None or array.size == 0 or held() is not array:
             return None
-        graph = io.StringIO()
-        mx.export_to_dot(graph, array)
-        if re.findall(r'label ="(\w+)"', graph.getvalue()) != ["Load"]:  # changed in place, or read by now
-            return None
         if path not in self._files:
             self._files[path] = {}
             with suppress(AdapterError):
                 self._files[path] = stored_tensors(path)
         return self._files[path].get(name)
+
+
+def _are_as_read(arrays: Sequence[mx.array]) -> bool:
+    """Whether nothing was computed with these arrays, in place, and they are still to be read."""
+    graph = io.StringIO()
+    mx.export_to_dot(graph, *arrays)
+    return graph.getvalue().count("[label =") == graph.getvalue().count('[label ="Load"') == len(arrays)
 
 
 def _version(path: Path) -> Any:
@@ -226,6 +234,18 @@ def read_joined(wanted: Mapping[str, Sequence[StoredTensor]]) -> dict[str, mx.ar
 def _readers() -> ThreadPoolExecutor:
     """Threads, each with a stream of its own: what one alone gives a GPU's driver is copied at half the speed."""
     return ThreadPoolExecutor(READERS, initializer=_begin_reading)
+
+
+def in_advance(work: Callable[[], mx.array]) -> None:
+    """Evaluate it in one of these threads, on CUDA, which takes a tenth of a second to bring in some of MLX's code when
+    a process first uses it."""
+
+    def use() -> None:
+        with mx.stream(_here.stream):
+            mx.eval(work())
+
+    if on_cuda():
+        _readers().submit(use)
 
 
 def _begin_reading() -> None:
