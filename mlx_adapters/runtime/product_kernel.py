@@ -20,8 +20,9 @@ from mlx_adapters.system.door import mx
 from mlx_adapters.system.gpu_kernels import FEW, build, spelled
 from mlx_adapters.system.machine import on_cuda
 
-WARPS, ROWS = 8, 16  # of a block; rows that a tensor core takes
-WIDE = 8192  # from here on a block has twice the rows, so that a is read half as often
+ROWS = 16  # that a tensor core takes
+FEW_BLOCKS, MANY_ROWS = 256, 8192
+SHARES = ((1, 16), (1, 8), (2, 8))  # a block's rows, in ROWS, and its warps: of few blocks, of more, of many rows
 WORDS = {  # one, twice; what turns two codes into numbers; what they are too large then
     mx.bfloat16: {"KIND": "bf16", "ONES": "0x3F803F80", "MAGIC": "0x43004300", "OFFSET": "128.0f"},
     mx.float16: {"KIND": "f16", "ONES": "0x3C003C00", "MAGIC": "0x64006400", "OFFSET": "1024.0f"},
@@ -63,7 +64,7 @@ for (int h = 0; h < HELD; ++h) {
 float sums[M][2];
 #pragma unroll
 for (int m = 0; m < M; ++m) sums[m][0] = sums[m][1] = 0.0f;
-#pragma unroll 2
+#pragma unroll 2 / M
 for (int g = warp; g < in / GROUP; g += WARPS) {
   const int k = g * GROUP + place * 8 * WORDS;
   Few<unsigned, WORDS> words[M][2];
@@ -109,7 +110,7 @@ for (int g = warp; g < in / GROUP; g += WARPS) {
 for (int t = 0; t < RANKS; ++t) {
   float z[4] = {0.0f, 0.0f, 0.0f, 0.0f};
   const T* low = a + ((size_t) part * R + min(8 * t + quad, R - 1)) * in;
-  #pragma unroll 2
+  #pragma unroll 8
   for (int k = 32 * warp + 8 * place; k < in; k += 32 * WARPS) {
     const Few<unsigned, 4> xs = *reinterpret_cast<const Few<unsigned, 4>*>(x + k);
     const Few<unsigned, 4> as = *reinterpret_cast<const Few<unsigned, 4>*>(low + k);
@@ -170,7 +171,7 @@ def product_and_update(
     widths: Sequence[int],
     gain: mx.array | None = None,
     shift: mx.array | None = None,
-    tiles: int | None = None,
+    share: tuple[int, int] | None = None,
 ) -> Parts:
     """(W x + bias) · gain + shift + b (a x) of one token, an array (..., width) for each of the layers on x.
 
@@ -182,25 +183,33 @@ def product_and_update(
         a: (1, layers, r, in), as in `kernel.add_update`.
         b: (1, Σ widths, r).
         gain: (Σ widths,), as `shift`.
-        tiles: of ROWS rows, how many a block takes (1, 2).
+        share: one of SHARES.
     """
     terms = {"bias": packed.get(BIAS), "gain": gain, "shift": shift}
     extra = {name: array for name, array in terms.items() if array is not None}
-    tiles = tiles or (2 if sum(widths) >= WIDE else 1)
-    bounds, blocks = _shares(tuple(widths), tiles * ROWS)
-    constants = {"GROUP": options["group_size"], "R": a.shape[-2], "PARTS": len(widths), "M": tiles, "WARPS": WARPS}
+    tiles, warps = share or share_of(tuple(widths))
+    bounds, blocks = _blocks(tuple(widths), tiles * ROWS)
+    constants = {"GROUP": options["group_size"], "R": a.shape[-2], "PARTS": len(widths), "M": tiles, "WARPS": warps}
     return _kernel(x.dtype, len(widths), tuple(extra), _built.get(x.dtype, build))(
         inputs=[x, *(packed[name] for name in QUANTIZED_LEAVES), a, b, bounds, *extra.values()],
         template=[("T", x.dtype), *constants.items()],
-        grid=(blocks * WARPS * 32, 1, 1),
-        threadgroup=(WARPS * 32, 1, 1),
+        grid=(blocks * warps * 32, 1, 1),
+        threadgroup=(warps * 32, 1, 1),
         output_shapes=[(*x.shape[:-1], width) for width in widths],
         output_dtypes=[x.dtype] * len(widths),
     )
 
 
 @cache
-def _shares(widths: tuple[int, ...], rows: int) -> tuple[mx.array, int]:
+def share_of(widths: tuple[int, ...]) -> tuple[int, int]:
+    """How a block is made for layers of these widths: few blocks have more warps, so that they end sooner; of many rows
+    a block takes twice as many, so that a is read half as often."""
+    few, more, many = SHARES
+    return many if sum(widths) >= MANY_ROWS else few if _blocks(widths, ROWS)[1] <= FEW_BLOCKS else more
+
+
+@cache
+def _blocks(widths: tuple[int, ...], rows: int) -> tuple[mx.array, int]:
     """(where each layer's rows begin and the last one's end, how many blocks there are)."""
     return mx.array([0, *accumulate(widths)], mx.int32), sum(-(-width // rows) for width in widths)
 
@@ -252,8 +261,8 @@ def _error(dtype: mx.Dtype, group_size: int) -> float:
     packed = dict(zip(QUANTIZED_LEAVES, mx.quantize(weight, **options), strict=True))
     given = x, {**packed, BIAS: shift}, options, a, b, widths, gain, shift
     try:
-        both = mx.stack([mx.concatenate(product_and_update(*given, tiles), axis=-1)[0] for tiles in (1, 2)])
-        mx.eval(both)
+        all_ways = mx.stack([mx.concatenate(product_and_update(*given, share), axis=-1)[0] for share in SHARES])
+        mx.eval(all_ways)
     except (RuntimeError, ValueError, OSError, KeyError):
         return math.inf
     x, _, a, b, gain, shift = (array.astype(mx.float32) for array in arrays)
@@ -261,5 +270,5 @@ def _error(dtype: mx.Dtype, group_size: int) -> float:
     whole = mx.dequantize(w, scales.astype(mx.float32), biases.astype(mx.float32), **options)
     z = mx.concatenate([mx.repeat(x @ a[0, i].T, width, axis=0) for i, width in enumerate(widths)])  # (out, r)
     expected = ((x @ whole.T)[0] + shift) * gain + shift + (b[0] * z).sum(axis=-1)
-    error = (mx.abs(both - expected).max() / mx.abs(expected).max()).item()
+    error = (mx.abs(all_ways - expected).max() / mx.abs(expected).max()).item()
     return error if math.isfinite(error) else math.inf

@@ -23,7 +23,7 @@ import mlx.core as mx
 from decode import CLOCK, RANK, SHAPES, stamped
 
 from mlx_adapters.runtime import kernel
-from mlx_adapters.runtime.product_kernel import product_and_update
+from mlx_adapters.runtime.product_kernel import SHARES, product_and_update
 from mlx_adapters.system.gpu_kernels import build_quickly
 
 PACKED = {"group_size": 64, "bits": 4}
@@ -78,9 +78,9 @@ def kernel_after(layers: Layers, x: mx.array) -> list[mx.array]:
     return layers.split(kernel.add_update(y, x, layers.a, layers.b, layers.widths, kernel.first(x)))
 
 
-def one_kernel(layers: Layers, x: mx.array, tiles: int | None = None) -> list[mx.array]:
+def one_kernel(layers: Layers, x: mx.array, share: tuple[int, int] | None = None) -> list[mx.array]:
     """Product and update by one kernel."""
-    return product_and_update(x, layers.packed, PACKED, layers.a, layers.b, layers.widths, tiles=tiles)
+    return product_and_update(x, layers.packed, PACKED, layers.a, layers.b, layers.widths, share=share)
 
 
 WAYS: dict[str, Callable[[Layers, mx.array], list[mx.array]]] = {
@@ -90,8 +90,10 @@ WAYS: dict[str, Callable[[Layers, mx.array], list[mx.array]]] = {
     "addmm(y, x a, b)": partial(two_products, adds=True),
     "a kernel after it": kernel_after,
     "one kernel": one_kernel,
-    "one kernel, 16 rows": partial(one_kernel, tiles=1),
-    "one kernel, 32 rows": partial(one_kernel, tiles=2),
+}
+WAYS |= {
+    f"one kernel, {16 * share[0]} rows and {share[1]} warps a block": partial(one_kernel, share=share)
+    for share in SHARES
 }
 
 

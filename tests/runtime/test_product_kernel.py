@@ -15,7 +15,7 @@ from mlx_adapters.runtime.sites import Concatenated
 WIDTHS, INPUTS = [40, 24], 64
 
 
-def honest(x, packed, options, a, b, widths, gain=None, shift=None, tiles=None):
+def honest(x, packed, options, a, b, widths, gain=None, shift=None, share=None):
     """Of products."""
     f = {name: array if array.dtype == mx.uint32 else array.astype(mx.float32) for name, array in packed.items()}
     y = x.astype(mx.float32) @ mx.dequantize(f["weight"], f["scales"], f["biases"], **options).T + f.get("bias", 0)
@@ -62,7 +62,7 @@ def test_a_token_is_computed_by_the_kernel(cuda, options):
     cuda.setattr(product_kernel, "product_and_update", lambda *given: made.append(given) or honest(*given))
     got, right = outputs(**options)
     assert mx.abs(got - right).max() < 3e-2 * mx.abs(right).max()
-    assert len(made) == 3 and made[2][0].size == INPUTS  # tried before, with one tile and with two
+    assert len(made) == 4 and made[-1][0].size == INPUTS  # tried before, in all shares
 
 
 @pytest.mark.parametrize(
@@ -95,5 +95,8 @@ def test_its_text_has_a_place_for_each_layer_and_only_the_terms_that_are_there()
     assert "T* out = out_0;" in one and "T* out = part == 2 ? out_2 : (part == 1 ? out_1 : (out_0));" in three
     for term in product_kernel.TERMS.values():
         assert term in three and term not in one
-    bounds, blocks = product_kernel._shares((33, 8), 16)
+    bounds, blocks = product_kernel._blocks((33, 8), 16)
     assert bounds.tolist() == [0, 33, 41] and blocks == 3 + 1
+    assert [product_kernel.share_of(widths) for widths in ((2560,), (4096, 1024), (9728, 9728))] == [
+        *product_kernel.SHARES
+    ]
