@@ -41,6 +41,7 @@ class ForAll:
         self.adds = not on_gpu() and self.b.dtype == mx.float32  # a product that adds is one operation less
         self._compiled: Callable[[mx.array], list[mx.array]] | None = None
         self._parts: list[mx.array] | None = None
+        self._each: list[tuple[mx.array, mx.array]] | None = None
 
     @property
     def arrays(self) -> list[mx.array]:
@@ -84,6 +85,24 @@ class ForAll:
         if self._parts is None:
             self._parts = split(self.b, widths)
         return self._parts
+
+    @property
+    def rank(self) -> int:
+        """r."""
+        return self.b.shape[-2]
+
+    @property
+    def is_sum(self) -> bool:
+        """Whether it is b a alone, of linear layers."""
+        return self.linear_like and self.factors.gain is None
+
+    def of_each(self, widths: Sequence[int]) -> list[tuple[mx.array, mx.array]]:
+        """(a, b) of each layer, (r, in) and (width, r), made once."""
+        if self._each is None:
+            ends = [sum(widths[:i]) for i in range(len(widths) + 1)]
+            a = self.factors.a.reshape(len(widths), self.rank, -1)
+            self._each = [(a[i], self.factors.b[ends[i] : ends[i + 1]]) for i in range(len(widths))]
+        return self._each
 
     def compiled(self, product: Product, widths: Sequence[int]) -> Callable[[mx.array], list[mx.array]]:
         """`of_token`, compiled; gone with this object, as its constants are."""

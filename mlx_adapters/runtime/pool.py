@@ -21,7 +21,7 @@ from mlx_adapters.models.layers import SWITCH, adaptable_layers, check_fits
 from mlx_adapters.models.quantized_check import are_right
 from mlx_adapters.runtime import kernel
 from mlx_adapters.runtime.additions import ForAll
-from mlx_adapters.runtime.attached import Attached, Selection, combined, is_mixture, same
+from mlx_adapters.runtime.attached import Attached, Selection, Stacks, combined, is_mixture, part, same
 from mlx_adapters.runtime.factors import Factors, prepare
 from mlx_adapters.runtime.sites import (
     Group,
@@ -33,7 +33,6 @@ from mlx_adapters.runtime.sites import (
     replace_layers,
     wrap,
 )
-from mlx_adapters.runtime.stacks import Stacks, part
 from mlx_adapters.storage.tensor_names import split
 from mlx_adapters.surgery.groups import Arrays, find_groups
 from mlx_adapters.system.door import mx, nn

@@ -15,6 +15,7 @@ from typing import Any
 
 from mlx_adapters.models.dense import dense_layer, dense_weight, weight_shape
 from mlx_adapters.models.layers import EMBEDDING, SWITCH, AdapterLayer
+from mlx_adapters.runtime import unpacked
 from mlx_adapters.runtime.additions import MANY_TOKENS, Addition, ForAll, outputs_of
 from mlx_adapters.runtime.factors import Factors, below_each_other
 from mlx_adapters.storage.tensor_names import BIAS, QUANTIZED_LEAVES, WEIGHT
@@ -41,6 +42,8 @@ class Site:
         """The output of each of its linear layers, with the update."""
         if self.update is None:
             return [self.layers[0](x)]
+        if isinstance(self.update, ForAll) and isinstance(self.product, Concatenated) and self.product.unpacks_for(x):
+            return self.product.with_update(x, self.update)
         return outputs_of(self.update, self.product, x, (weight_shape(self.layers[0])[0],))
 
     def linear(self, x: mx.array, index: int = 0) -> mx.array:
@@ -66,7 +69,7 @@ class Group(Site):
         if self.update is None:
             return [layer(x) for layer in self.layers]
         if isinstance(self.update, ForAll) and self.product.unpacks_for(x):
-            return self.update.added(self.product.each(x), x)
+            return self.product.with_update(x, self.update)
         return outputs_of(self.update, self.product, x, self.widths)
 
     def linear(self, x: mx.array, index: int = 0) -> mx.array:
@@ -117,14 +120,21 @@ class Concatenated:
         """Whether x is of so many tokens that the matrix is unpacked for it."""
         return self.unpacks and x.size > MANY_TOKENS * x.shape[-1]
 
-    def each(self, x: mx.array) -> list[mx.array]:
-        """What each layer computes, in arrays of their own: of many tokens a part of one array would be copied."""
+    def with_update(self, x: mx.array, update: ForAll) -> list[mx.array]:
+        """What each layer computes with the update, of many tokens; in arrays of their own, since parts of one would be
+        copied. The update comes in where the matrix is unpacked, or else beside it."""
+        comes_in = all(unpacked.serves(layer, x.dtype, update.rank) for layer in self.layers) and update.is_sum
+        factors = update.of_each([weight_shape(layer)[0] for layer in self.layers]) if comes_in else ()
         outputs: list[mx.array] = []
-        for layer in self.layers:
+        for index, layer in enumerate(self.layers):
             packed = (layer.get(name) for name in QUANTIZED_LEAVES)
-            y = x @ mx.dequantize(*packed, **(self.options or {}), dtype=x.dtype).T
+            if factors:
+                weight = unpacked.unpacked(layer, *factors[index])
+            else:
+                weight = mx.dequantize(*packed, **(self.options or {}), dtype=x.dtype)
+            y = x @ weight.T
             outputs.append(y + layer[BIAS] if BIAS in layer else y)
-        return outputs
+        return outputs if factors else update.added(outputs, x)
 
 
 def joined(layers: Sequence[nn.Module]) -> nn.QuantizedLinear:
