@@ -1,6 +1,6 @@
 """Torture: kills, full disks, two processes on one name, mutated inputs, signals, as many as the time allows.
 
-    scripts/torture [--seconds N] [--seed S] [--only SECTION[:WORDS]...] [--count N]
+    scripts/torture [--seconds N] [--seed S] [--only SECTION[:WORDS]...] [--count N] [--share K/N]
 
 Sections are kill, disk, pairs, inputs and signals; `--only kill:prune` takes the trials of a section whose name has the
 words. Every failure names its trial, which the same seed and `--only` repeat. Exit status 1 if anything failed.
@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -45,8 +46,10 @@ class Torture:
         self.tried, self.failed, self.spent = Counter(), Counter(), Counter()
         self.only = [word.partition(":") for word in asked.only or SECTIONS]
 
-    def wants(self, section: str, name: str = "") -> bool:
-        return any(section == kind and words in name for kind, _, words in self.only)
+    def wants(self, section: str, name: str) -> bool:
+        asked = any(section == kind and words in name for kind, _, words in self.only)
+        part, _, parts = self.asked.share.partition("/")
+        return asked and zlib.crc32(name.encode()) % int(parts) == int(part) - 1
 
     def disk_trials(self, section: str) -> Iterator[Trial]:
         """So many of every command, or all, in rounds: none has a second one before each has had its first."""
@@ -111,6 +114,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=1800, help="for all sections together")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="+", help="SECTION or SECTION:WORDS")
+    parser.add_argument("--share", default="1/1", help="K/N: of what --only leaves, the K-th of N parts")
     parser.add_argument("--trial", help="only this one, as a failure names it")
     parser.add_argument("--count", type=int, help="trials of each command or kind [as many as there are]")
     asked = parser.parse_args()

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from helpers.training_tools import write_data
+from helpers.training_tools import measure_once, write_data
 
 from mlx_adapters import LoraConfig, TrainConfig, estimate
 from mlx_adapters.config.training import DPO, KTO, ORPO
@@ -156,6 +156,7 @@ def test_quantized_base_counts_as_it_is_loaded(tiny_model):
 
 
 def test_estimate_says_what_would_fit(tiny_model, tmp_path, monkeypatch):
+    measure_once(monkeypatch)
     data = write_data(tmp_path / "data", rows=20)
     folder = tiny_model("llama", **DEEP)
     estimated = estimate(folder, data, lora=LORA, training=TRAINING)
@@ -172,8 +173,11 @@ def test_estimate_says_what_would_fit(tiny_model, tmp_path, monkeypatch):
     tight = estimate(folder, data, lora=LORA, training=TRAINING, timed=False)
     assert tight.fits and not tight.ladder[0].fits
     kept = replace(TRAINING, memory="nothing", batch_size=1)
-    least = estimate(folder, data, lora=LORA, training=replace(kept, memory="blocks"), timed=False).peak_bytes
-    monkeypatch.setattr(forecast, "usable_memory_bytes", lambda: int(least * 1.1))
+    least, most = (
+        estimate(folder, data, lora=LORA, training=replace(kept, memory=way), timed=False).peak_bytes
+        for way in ("blocks", "nothing")
+    )
+    monkeypatch.setattr(forecast, "usable_memory_bytes", lambda: int((least + most) / 2 / forecast.ROOM))
     tight = estimate(folder, data, lora=LORA, training=kept, timed=False)
     assert not tight.fits and any(advice.startswith("--memory auto") for advice in tight.advice)
     monkeypatch.setattr(forecast, "usable_memory_bytes", lambda: 1000)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers.training_tools import cut_after, outcome, write_data, write_rows_of_each_kind
+from helpers.training_tools import cut_after, measure_once, outcome, write_data, write_rows_of_each_kind
 
 from mlx_adapters import LoraConfig, TrainConfig, estimate, train
 from mlx_adapters.config.training import DPO, KTO, ORPO
@@ -22,8 +22,7 @@ from mlx_adapters.storage.files import read_json
 from mlx_adapters.system.machine import on_gpu
 from mlx_adapters.training import forecast, setup
 
-# MLPs so wide that a rung is more than a GPU's figures differ from time to time (2 MB)
-DEEP = {"num_hidden_layers": 4, "intermediate_size": 2048}
+DEEP = {"num_hidden_layers": 4, "intermediate_size": 2048}  # a rung is more than a GPU's figures differ
 LORA = LoraConfig(rank=4, scale=2.0)
 SHORT = TrainConfig(iterations=4, batch_size=4, learning_rate=0.01, eval_every=2, save_every=2)
 
@@ -91,6 +90,7 @@ def peaks(base, data) -> dict[str, int]:
 def needed_alone(monkeypatch):
     """The forecast without what a GPU is given beside it, to work ahead."""
     monkeypatch.setattr(forecast, "AHEAD", 0)
+    measure_once(monkeypatch)
 
 
 @pytest.fixture
@@ -108,7 +108,7 @@ def test_the_cheapest_way_that_fits_is_taken(again, deep):
     base, data = deep
     ladder = peaks(base, data)
     dearer = ladder["nothing" if again == "mlp" else "mlp"]
-    limit = (ladder[again] + dearer) / 2 / forecast.ROOM  # halfway: what is measured differs a little each time
+    limit = (ladder[again] + dearer) / 2 / forecast.ROOM  # halfway
     training = replace(SHORT, memory_limit=f"{limit / 1e6:.3f}MB")
     estimated = estimate(base, data, lora=LORA, training=training, timed=False)
     assert estimated.fits and next(rung.again for rung in estimated.ladder if rung.fits) == again
