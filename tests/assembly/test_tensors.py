@@ -6,11 +6,16 @@ from helpers.fusing import IDS, visible_adapter
 from helpers.tiny_configs import tiny_base
 from mlx_lm.utils import load_model as load_as_mlx_lm_does
 
+from mlx_adapters.assembly import tensors, writing
+from mlx_adapters.assembly.tensors import Assembly
 from mlx_adapters.config.fusing import FuseOptions
 from mlx_adapters.fusion.fuse import fuse
 from mlx_adapters.models.loading import load_model
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.storage import files
+from mlx_adapters.storage.tensor_names import FUSE_RECIPE_FILE
+
+FILE = "model.safetensors"
 
 
 @pytest.mark.parametrize("form", ["mlx", "hf"])
@@ -26,3 +31,25 @@ def test_layers_of_all_kinds_become_unquantized(architecture, form, tmp_path):
     module.set_dtype(mx.float32)
     expected = load_model(resolve_base(base), adapter).logits(IDS)
     assert mx.abs(module(IDS) - expected).max().item() < 1e-3 * mx.abs(expected).max().item()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3_moe"])
+def test_the_next_layer_is_begun_before_this_one_is_written_on_a_gpu_and_the_bytes_are_the_same(
+    architecture, tmp_path, monkeypatch
+):
+    base = tiny_base(tmp_path / "base", architecture)
+    ingredients, options = (base, visible_adapter(base)), FuseOptions(method="nearest", check=False)
+    fuse(*ingredients, tmp_path / "alone", quantization=4, options=options)
+    began, rows, make = [], Assembly._rows, Assembly._make_layer
+    for module in (tensors, writing):
+        monkeypatch.setattr(module, "on_gpu", lambda: True)
+    monkeypatch.setattr(tensors, "chunks", lambda shape: [(0, shape[0] // 2), (shape[0] // 2, shape[0])])
+    monkeypatch.setattr(Assembly, "_rows", lambda own, plan, packed: began.append(plan.path) or rows(own, plan, packed))
+    monkeypatch.setattr(Assembly, "_make_layer", lambda own, plan, some: began.append("") or make(own, plan, some))
+    made = fuse(*ingredients, tmp_path / "ahead", quantization=4, options=options)
+    assert (tmp_path / "alone" / FILE).read_bytes() == (tmp_path / "ahead" / FILE).read_bytes()
+    assert len([path for path in began if path]) == len(set(began)) - 1 >= len(made.survival) > 8
+    order = "".join("b" if path else "m" for path in began)
+    assert "bbm" in order and "bbb" not in order
+    recorded = files.read_json(tmp_path / "ahead" / FUSE_RECIPE_FILE)["weights_sha256"]
+    assert recorded == {FILE: files.sha256(tmp_path / "ahead" / FILE)}
