@@ -142,16 +142,17 @@ def _together(
     layers: Sequence["_Layer"], ways: tuple[Way, ...], engine: Engine
 ) -> Iterator[tuple[str, list[Future[list[Done]]]]]:
     """Round layers that are alike; one by one where the GPU's memory is too small for all."""
-    tasks = [task for layer in layers for task in layer.tasks(0, 1, ways, engine)]
+    together = stacked([task for layer in layers for task in layer.tasks(0, 1, ways, engine)])
+    mx.eval(together.arrays, together.hessian, together.outputs)  # and their parts are gone
     done: Sequence[list[Done]] | None = None
     try:
-        done = stacked(tasks).run_each(engine)
+        done = together.run_each(engine)
     except RuntimeError as error:
         if not out_of_memory(error):
             raise
     if done is None:  # after the block: the error holds what took the memory
         mx.clear_cache()
-        done = [task.run(engine) for task in tasks]
+        done = [together[i].run(engine) for i in range(len(layers))]
     for layer, each in zip(layers, done, strict=True):
         future: Future[list[Done]] = Future()
         future.set_result(each)

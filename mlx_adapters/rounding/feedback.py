@@ -206,7 +206,7 @@ class _BlockedRounder:
 
     def round_together(self, outputs: Array, update: Array | None = None) -> None:
         """Each block against the errors of those before it, then several times (large: once) against those of all
-        others."""
+        others; where that is few times, the last one takes two sweeps."""
         xp, engine = self.engine.xp, self.engine
         factor = engine.factor(outputs)
         inverses = engine.each(engine.inverse_upper, [factor[..., span, span] for span in self.spans])
@@ -218,13 +218,15 @@ class _BlockedRounder:
             self._round(number, shift, 1)
         inverses = engine.each(self._inverse, [outputs[..., span, span] for span in self.spans])
         passes = FEW_PASSES if self.weight.shape[-1] >= MANY_ROWS else PASSES
-        for passed in range(passes if self.weight.size <= engine.large else 1):
+        passes = passes if self.weight.size <= engine.large else 1
+        for passed in range(passes):
             moved = None if update is None else self._correct_aim(update, outputs)
             if moved is not None:
                 self.best_loss = xp.where(moved, np.float32(np.inf), self.best_loss)  # of another target
             for number, (span, inverse) in enumerate(zip(self.spans, inverses, strict=True)):
                 shift = self._whole() @ outputs[..., span] @ inverse - self.errors[number]
-                self._round(number, shift, 1, None if passed else moved)
+                last = passed == passes - 1 and passes <= FEW_PASSES
+                self._round(number, shift, 2 if last else 1, None if passed else moved)
             self._keep_if_better(outputs, factor)
 
     def _inverse(self, matrix: Array) -> Array:

@@ -40,6 +40,7 @@ from mlx_adapters.system.machine import child_environment, memory_beside_model_b
 
 MOST_WORKERS = 64
 WORTH_WORKERS = 1e10  # multiplications (in² · out, summed over the layers); below, starting them costs more
+STACKED = "weight", "hessian", "outputs", "update", "start", "unit", "output_damping", "doubt"
 THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 COMMAND = (sys.executable, "-P", "-m", "mlx_adapters.rounding.workers")
 
@@ -111,6 +112,11 @@ class Task:
             chosen = {name: mx.where(mask.reshape(*mask.shape, 1, 1), *pair) for name, pair in pairs.items()}
             mx.eval(chosen)
             yield Packed.of(chosen, way.quantization), self.unit * engine.xp.where(better, plain_loss, loss), better
+
+    def __getitem__(self, i: int) -> "Task":
+        """One matrix of a batch."""
+        parts = {name: part[i] for name, part in vars(self).items() if name in STACKED and part is not None}
+        return replace(self, **parts)
 
     @property
     def arrays(self) -> list[mx.array]:

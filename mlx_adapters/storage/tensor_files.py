@@ -24,8 +24,7 @@ from mlx_adapters.storage.replacing import stat_of
 from mlx_adapters.storage.tensor_names import ADAPTER_FILE, CHECKPOINT_FILE, checkpoint_file
 
 BLOCK = 16 << 20  # bytes copied at once
-LARGE = 1 << 19  # bytes that another thread writes, or hashes, beside what makes the next ones: less is not worth it
-HASHED_LATER, WRITTEN_LATER = 4, 2  # such pieces that may wait
+LARGE, WAITING = 4 << 20, 2  # bytes of a tensor that is hashed and written beside the next ones; so many may wait
 DTYPES = {
     "float32": "F32",
     "float16": "F16",
@@ -83,28 +82,16 @@ def stream_safetensors(
         offset += size
     beginning = frame(header)
     with atomic_file(path) as stream, ThreadPoolExecutor(1) as hasher, ThreadPoolExecutor(1) as writer:
-        digest, unhashed = hashlib.sha256(), list[bytes | memoryview]()
-        hashing, writing = deque[Future[Any]](), deque[Future[Any]]()
-
-        def hash_all(parts: list[bytes | memoryview]) -> None:
-            for part in parts:
-                digest.update(part)
-
-        def hash_beside() -> None:
-            hashing.append(hasher.submit(hash_all, unhashed[:]))
-            unhashed.clear()
+        digest, hashing, writing = hashlib.sha256(), deque[Future[Any]](), deque[Future[Any]]()
+        ways: list[tuple[Any, ...]] = [(writing, writer, stream.write), (hashing, hasher, digest.update)]
 
         def write(data: bytes | memoryview) -> None:
-            if hashed:
-                unhashed.append(data)
-                if sum(map(len, unhashed)) > LARGE:
-                    hash_beside()
-                    _wait(hashing, HASHED_LATER)
-            _wait(writing, WRITTEN_LATER)
-            if writing or len(data) > LARGE:
-                writing.append(writer.submit(stream.write, data))
-            else:
-                stream.write(data)
+            for begun, worker, take in ways[: 1 + hashed]:
+                _wait(begun, WAITING)
+                if begun or len(data) > LARGE:
+                    begun.append(worker.submit(take, data))
+                else:
+                    take(data)
 
         write(beginning)
         for (name, dtype, shape), array in zip(layout, arrays, strict=True):
@@ -112,7 +99,6 @@ def stream_safetensors(
             if tuple(array.shape) != tuple(shape) or (made != dtype and (made, dtype) != ("uint16", "bfloat16")):
                 raise ValueError(f"{name}: promised {dtype} {shape}, got {array.dtype} {array.shape}")
             write(raw_bytes(array))
-        hash_beside()
         _wait(hashing, 0)
         _wait(writing, 0)
     return digest.hexdigest() if hashed else ""
