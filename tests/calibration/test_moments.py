@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from helpers.fusing import some_rows, visible_adapter
 
+from mlx_adapters.assembly import spool
 from mlx_adapters.assembly.spool import Spool
 from mlx_adapters.assembly.weights import Updates
-from mlx_adapters.calibration import calibrate, fidelity, moments, spool, texts
+from mlx_adapters.calibration import calibrate, fidelity, moments, texts
 from mlx_adapters.calibration.blockwise import BlockwiseModel
 from mlx_adapters.calibration.collecting import Collector
 from mlx_adapters.calibration.fidelity import measure_fidelity
