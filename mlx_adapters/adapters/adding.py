@@ -17,7 +17,7 @@ from mlx_adapters.sources import lookup, references, registry
 from mlx_adapters.sources.intake import write_own_form
 from mlx_adapters.storage import files, paths, replacing
 from mlx_adapters.storage.hf_names import NPZ
-from mlx_adapters.storage.replacing import Output
+from mlx_adapters.storage.replacing import README, Output
 from mlx_adapters.storage.tensor_files import iterations_of
 from mlx_adapters.storage.tensor_names import (
     ADAPTER_FILE,
@@ -185,5 +185,8 @@ def _check_contents(folder: Path, name: str, source: str) -> str:
         hashes[file] = files.sha256(folder / file)
         if recorded.get(file, hashes[file]) != hashes[file]:
             raise FormatError(f"'{file}' in '{source}' is not the file that its record names.", "it may be damaged.")
-    files.write_json(folder / METADATA_FILE, metadata | {"name": name, "sha256": hashes, "added_from": source})
+    known = {"name": name, "sha256": hashes, "added_from": source}
+    if (folder / README).is_file():
+        known["readme"] = files.sha256(folder / README)
+    files.write_json(folder / METADATA_FILE, metadata | known)
     return "adapter"

@@ -277,10 +277,14 @@ def carried(command: str, without: str = "") -> str:
 
 def refuse_outputs_that_are_read() -> None:
     """Raise ExistsError if what is to be written belongs to something that another parameter names."""
+    from mlx_adapters.sources.references import NAME
+    from mlx_adapters.sources.registry import adapter_folder
     from mlx_adapters.storage.replacing import refuse_writing_into
 
     outputs, others = _named()
     reads = {part for one in others for part in (one, *one.split(":"))} - {""}  # sqlite:FILE, fuse:ADAPTER:8
+    names = {part.partition("@")[0] for part in reads} if outputs else ()
+    reads |= {str(adapter_folder(name)) for name in names if NAME.fullmatch(name)}
     for output in outputs:
         refuse_writing_into(output, sorted(reads))
 

@@ -7,6 +7,7 @@ what the command reads.
 """
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Callable, Iterable
@@ -28,11 +29,13 @@ STAMP = re.compile(r"<!-- made: ([0-9a-f]*) -->")
 @dataclass(frozen=True)
 class Output:
     """The files of a folder that a command writes, by their paths in it: `mark` is always there, `also` is a pattern
-    of the others. `any_readme`: it may have a README.md that came with what was taken in."""
+    of the others. `any_readme`: it may have a README.md that came with what was taken in; `record`: its JSON file that
+    holds the SHA-256 of such a one under "readme"."""
 
     mark: str = ""
     also: str = ""
     any_readme: bool = False
+    record: str = ""
 
     def strangers(self, folder: Path) -> list[str]:
         """What is in `folder` besides these files and the system's litter; without the mark, all there is. A README.md
@@ -55,8 +58,15 @@ class Output:
         except (OSError, ValueError):
             return True
         if not is_ours(text):
-            return not self.any_readme
+            return not self.any_readme and not self._came_along(path)
         return bool(handwritten(text) or lines_by_hand(text))
+
+    def _came_along(self, readme: Path) -> bool:
+        try:
+            told = json.loads((readme.parent / self.record).read_bytes()) if self.record else {}
+            return told["readme"] == hashlib.sha256(readme.read_bytes()).hexdigest()
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return False
 
 
 NOTHING = Output()

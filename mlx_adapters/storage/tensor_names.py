@@ -38,7 +38,7 @@ ADAPTER_OUTPUT = Output(
     r"(adapters|reference)\.safetensors|adapter_metadata\.json|recipe\.json|[0-9]{7,}_adapters\.safetensors|README\.md|loss\.svg"
     r"|LICENSE|NOTICE|checkpoints/[0-9]+/(adapters\.safetensors|optimizer\.safetensors|state\.json)"
     r"|rows/(train|valid|test)\.jsonl",
-    any_readme=True,
+    record=METADATA_FILE,
 )
 
 

@@ -170,14 +170,32 @@ def test_a_readme_that_somebody_wrote_in_is_not_replaced(place, home, what):
     edited = [made + "My own findings.\n", made.replace("# ", "# My ", 1)]
     if MINE in made:
         edited.append(made.replace(MINE, f"{MINE}\nMy own findings.\n"))
-    if what != "scale":  # an adapter may have come with another's
-        edited.append("# Mine alone\n")
+    edited.append("# Mine alone\n")
     for text in edited:
         (own / "README.md").write_text(text)
         assert "README.md" in run(*arguments, code=1)
         assert (own / "README.md").read_text() == text
     (own / "README.md").write_text(made)
     run(*arguments)
+
+
+def test_a_readme_that_came_along_goes_as_long_as_nobody_wrote_in_it(place, home):
+    (place / "folder" / "README.md").write_text("# Theirs\n")
+    again = ("add", "./folder", "--name", "theirs", "--overwrite")
+    run("add", "./folder", "--name", "theirs")
+    run(*again)
+    readme = home / "adapters" / "theirs" / "README.md"
+    readme.write_text("# Theirs\nand mine\n")
+    assert "README.md" in run(*again, code=1) and readme.read_text().endswith("mine\n")
+
+
+def test_no_report_is_written_into_an_adapter_that_is_read(place, home):
+    metadata = home / "adapters" / "a" / "adapter_metadata.json"
+    before = metadata.read_bytes()
+    for name in ("a", "a@best"):
+        said = run("eval", "base", name, "--base", "./base", "--data", "data", "-o", str(metadata), code=1)
+        assert "would be written, and belongs to" in said
+    assert metadata.read_bytes() == before
 
 
 def test_export_peft_says_nothing_before_it_refuses(place, monkeypatch):
