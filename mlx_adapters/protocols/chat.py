@@ -77,6 +77,9 @@ class Writer:
         """One server-sent event."""
         return f"data: {json.dumps(chunk)}\n\n".encode()
 
+    def note_piece(self) -> None:
+        """A piece of an answer has come, streamed or not."""
+
     def whole(self, answers: Sequence[Answer], usage: Body) -> Body:
         """The body of answers that are not streamed."""
         choices = [self._choice(i, answer) for i, answer in enumerate(answers)]

@@ -48,11 +48,13 @@ EMPTY: tuple[Any, ...] = (None, "", [], {})
 def read_json(body: bytes) -> dict[str, Any]:
     """The JSON object of a request's body. Raises ApiError 400."""
     try:
-        value = json.loads(body, parse_constant=_no_constant, parse_float=_finite_float)
+        value = json.loads(body, parse_constant=_no_constant, parse_float=_finite_float, parse_int=_bounded_integer)
         json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair, spelled or in bytes, is no text
     except UnicodeEncodeError:
         raise ApiError(400, "The body is not valid Unicode.") from None
-    except (ValueError, RecursionError) as error:
+    except RecursionError:
+        raise ApiError(400, "The body is nested too deeply.") from None
+    except ValueError as error:
         raise ApiError(400, f"The body is not valid JSON: {str(error)[:200]}.") from None
     if not isinstance(value, dict):
         raise ApiError(400, "The body must be a JSON object.")
@@ -61,6 +63,13 @@ def read_json(body: bytes) -> dict[str, Any]:
 
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON number")
+
+
+def _bounded_integer(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:  # it has more digits than Python reads, and says how a program lets it
+        raise ValueError(f"{text[:20]}... is too large a number") from None
 
 
 def _finite_float(text: str) -> float:
@@ -131,5 +140,7 @@ class Fields:
             else:
                 hint = did_you_mean(name, self._read)
                 raise ApiError(
-                    400, f"Unrecognized request argument: {called}." + (f" {hint}" if hint else ""), param=called
+                    400,
+                    f"Unrecognized request argument: {called}." + (f" {hint[0].upper()}{hint[1:]}" if hint else ""),
+                    param=called,
                 )

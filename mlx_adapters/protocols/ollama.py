@@ -27,14 +27,18 @@ OF_THE_MACHINE = (
 )
 
 
+def ollama_name(fields: Fields) -> str:
+    """The model that is asked for, without Ollama's tag. Raises ApiError 400 if none is named."""
+    return fields.model().removesuffix(":latest")
+
+
 def read_ollama(fields: Fields, chat: bool, vocabulary: int) -> tuple[Asked, Conversation]:
     """The checked request. Raises ApiError 400."""
-    model = fields.model()
     given = fields.take("options", dict, {})
     options = fields.part({SPELLED.get(name, name): value for name, value in given.items()}, "options")
     most = options.take("num_predict", int, -1)
     asked = Asked(
-        model=model.removesuffix(":latest"),
+        model=ollama_name(fields),
         user=None,
         stream=fields.take("stream", bool, True),
         include_usage=True,
@@ -96,6 +100,10 @@ class OllamaWriter(Writer):
             chunk = {"error": chunk["error"]["message"]}
         return json.dumps(chunk).encode() + b"\n"
 
+    def note_piece(self) -> None:
+        """From the first one on, tokens are written and no longer read."""
+        self._first = self._first or time.monotonic_ns()
+
     def whole(self, answers: Sequence[Answer], usage: Body) -> Body:
         """The body of an answer that is not streamed."""
         (answer,) = answers
@@ -105,7 +113,6 @@ class OllamaWriter(Writer):
         self, index: int, parts: Sequence[Part | ToolCall], tokens: Sequence[Token], answer: Answer
     ) -> Iterator[Body]:
         """The lines that tell of a piece."""
-        self._first = self._first or time.monotonic_ns()
         for part in parts:
             if isinstance(part, ToolCall):
                 yield self._line("", "", [part])
@@ -118,11 +125,20 @@ class OllamaWriter(Writer):
         (answer,) = answers
         yield self._line("", "", []) | self._ending(answer, usage)
 
+    @classmethod
+    def loaded(cls, model: str) -> Body:
+        """The body for a request without a prompt, which asks for the model to be in memory."""
+        return cls._said(model, "", "", []) | {"done": True, "done_reason": "load"}
+
     def _line(self, content: str, reasoning: str, calls: Sequence[ToolCall]) -> Body:
+        return self._said(self.model, content, reasoning, calls)
+
+    @classmethod
+    def _said(cls, model: str, content: str, reasoning: str, calls: Sequence[ToolCall]) -> Body:
         at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        line: Body = {"model": self.model, "created_at": at, "done": False}
+        line: Body = {"model": model, "created_at": at, "done": False}
         thinking = {"thinking": reasoning} if reasoning else {}
-        if not self.chat:
+        if not cls.chat:
             return line | {"response": content, **thinking}
         message: Body = {"role": "assistant", "content": content, **thinking}
         if calls:

@@ -22,7 +22,7 @@ from mlx_adapters.protocols.chat import CompletionWriter, Writer, embeddings_bod
 from mlx_adapters.protocols.conversation import Conversation, read_conversation
 from mlx_adapters.protocols.errors import ApiError, told_as
 from mlx_adapters.protocols.fields import Fields, read_json
-from mlx_adapters.protocols.ollama import GenerateWriter, OllamaWriter, read_ollama
+from mlx_adapters.protocols.ollama import GenerateWriter, OllamaWriter, ollama_name, read_ollama
 from mlx_adapters.protocols.options import Asked, read_options, read_prompts
 from mlx_adapters.protocols.prompts import Tokenizing, check_fits, prepared
 from mlx_adapters.protocols.responses import ResponseWriter, read_response
@@ -89,6 +89,9 @@ class Answering:
 
     async def _ollama(self, request: Request, writer: type[OllamaWriter]) -> Response:
         fields = await self.fields(request)
+        if fields.value(writer.asks_in) in (None, "", []):  # so clients ask for the model to be in memory
+            name = self.engine.catalog.resolve(ollama_name(fields), None)
+            return JSONResponse(writer.loaded(name))
         asked, talk = read_ollama(fields, writer.chat, self.model.vocabulary)
         fields.refuse_rest()
         return await self.converse(request, fields, asked, talk, writer)
@@ -269,6 +272,7 @@ class Reply:
         """Put a piece into its answer: which one that is, its new parts and tokens."""
         if isinstance(event, ApiError):
             raise event
+        self.writer.note_piece()
         text, tokens, made, reason = event.text, event.tokens, event.completion_tokens, event.finish_reason
         if self.asked.max_tokens == 0:  # the prompt's log-probabilities alone were asked for
             text, tokens, made = "", tuple(token for token in tokens if token.of_prompt), 0

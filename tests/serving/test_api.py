@@ -197,6 +197,7 @@ def test_ollamas_paths(server, client):
     body = {"model": "a:latest", "messages": talk, "options": options, "think": False}
     whole = httpx.post(address + "/api/chat", json=body | {"stream": False}).json()
     assert whole["message"]["content"] == wanted and whole["done"] and whole["eval_count"] == 8
+    assert 0 < whole["prompt_eval_duration"] < whole["total_duration"] and whole["eval_duration"] > 0
     lines = [json.loads(line) for line in httpx.post(address + "/api/chat", json=body).text.splitlines()]
     assert "".join(line["message"]["content"] for line in lines) == wanted
     assert [line["done"] for line in lines] == [False] * (len(lines) - 1) + [True]
@@ -206,6 +207,10 @@ def test_ollamas_paths(server, client):
     formed = generated | {"format": PERSON, "options": options | more}
     assert set(json.loads(httpx.post(address + "/api/generate", json=formed).json()["response"])) == {"name", "old"}
     assert httpx.post(address + "/api/chat", json=body | {"options": {"mirostat": 2}}).status_code == 400
+    for path, empty in (("/api/generate", {}), ("/api/generate", {"prompt": ""}), ("/api/chat", {"messages": []})):
+        load = httpx.post(address + path, json={"model": "a:latest", "keep_alive": "5m", **empty}).json()
+        assert (load["model"], load["done"], load["done_reason"]) == ("a", True, "load")
+        assert httpx.post(address + path, json={"model": "nobody", **empty}).status_code == 404
     assert [m["name"] for m in httpx.get(address + "/api/tags").json()["models"]][:2] == ["base", "a"]
 
 
