@@ -176,7 +176,8 @@ def read_tokenizer(folder: Path, vocabulary: int, tokenizer: Any) -> GgufTokeniz
     special = _special_ids(extra, {token: index for index, (token, _) in tokens.items()})
     if (unknown := next((index for index, (_, kind) in tokens.items() if kind == UNKNOWN), None)) is not None:
         special["unk"] = unknown
-    ends = sorted(set(getattr(tokenizer, "eos_token_ids", ())) - {special.get("eos")})
+    known = {end for end in getattr(tokenizer, "eos_token_ids", ()) if 0 <= end < vocabulary}  # others never come
+    ends = sorted(known - {special.get("eos")})
     special |= dict(zip(("eot", "eom"), ends, strict=False))  # what else ends an answer
     add_bos, add_eos = _added_around(tokenizer, special)
     template = folder / "chat_template.jinja"

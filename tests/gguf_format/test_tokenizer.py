@@ -122,6 +122,8 @@ def test_what_else_ends_an_answer_is_told(folder):
     tokenizer.add_eos_token("<|im_start|>")
     made = read_tokenizer(folder, 512, tokenizer)
     assert made.special["eos"] == 2 and made.special["eot"] == 1
+    tokenizer._eos_token_ids |= {-5, 512, 1 << 63}  # a config's, which no token has
+    assert read_tokenizer(folder, 512, tokenizer).special == made.special
 
 
 def test_there_are_a_hundred_hard_strings():
