@@ -24,7 +24,10 @@ from mlx_adapters.storage.replacing import stat_of
 from mlx_adapters.storage.tensor_names import ADAPTER_FILE, CHECKPOINT_FILE, checkpoint_file
 
 BLOCK = 16 << 20  # bytes copied at once
-LARGE, WAITING = 4 << 20, 2  # bytes of a tensor that is hashed and written beside the next ones; so many may wait
+LARGE, WAITING = (
+    4 << 20,
+    2,
+)  # bytes of a tensor that is hashed and written beside the next ones, on a GPU; so many may wait
 DTYPES = {
     "float32": "F32",
     "float16": "F16",
@@ -81,6 +84,9 @@ def stream_safetensors(
         header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [offset, offset + size]}
         offset += size
     beginning = frame(header)
+    import mlx.core as mx
+
+    beside = mx.default_device().type == mx.DeviceType.gpu  # (a CPU is busy with what makes the next ones)
     with atomic_file(path) as stream, ThreadPoolExecutor(1) as hasher, ThreadPoolExecutor(1) as writer:
         digest, hashing, writing = hashlib.sha256(), deque[Future[Any]](), deque[Future[Any]]()
         ways: list[tuple[Any, ...]] = [(writing, writer, stream.write), (hashing, hasher, digest.update)]
@@ -88,7 +94,7 @@ def stream_safetensors(
         def write(data: bytes | memoryview) -> None:
             for begun, worker, take in ways[: 1 + hashed]:
                 _wait(begun, WAITING)
-                if begun or len(data) > LARGE:
+                if begun or (beside and len(data) > LARGE):
                     begun.append(worker.submit(take, data))
                 else:
                     take(data)

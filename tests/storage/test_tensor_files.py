@@ -138,6 +138,7 @@ def test_large_tensors_and_small_ones_come_in_their_order_and_a_disk_that_refuse
     tmp_path, monkeypatch, hashed
 ):
     monkeypatch.setattr(tensor_files, "LARGE", 40)
+    monkeypatch.setattr(mx, "default_device", lambda: SimpleNamespace(type=mx.DeviceType.gpu))
     tensors = {f"{i:02d}": mx.full((7 + 5 * (i % 3),), i, mx.float32) for i in range(12)}  # 28, 48 or 68 bytes
     layout = [(name, "float32", tensor.shape) for name, tensor in tensors.items()]
 
