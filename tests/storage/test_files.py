@@ -351,6 +351,13 @@ def test_without_locks_the_work_goes_on_and_it_is_said_once(tmp_path, monkeypatc
         pass
 
 
+def test_a_locks_name_knows_no_case(home):
+    """On many disks two spellings are one file, for which a process would wait that holds it."""
+    for name in ("one-SQL", "One-sql"):
+        with locks.lock(name):
+            assert [path.name for path in (home / "locks").iterdir()] == ["one-sql.lock"]
+
+
 @pytest.mark.parametrize("number", [errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSPC, errno.EROFS, errno.EDQUOT])
 def test_a_refusal_of_the_disk_is_a_sentence_with_a_hint(tmp_path, number):
     with pytest.raises(StorageError, match=r"Cannot write .*out'") as caught, files.atomic_file(tmp_path / "out"):
