@@ -312,17 +312,21 @@ def _seconds(base: Base, rows: Sequence[Row], lora: LoraConfig, training: TrainC
 def _advice(
     base: Base, rows: Sequence[Row], lora: LoraConfig, training: TrainConfig, memory: MemoryPlan, usable: int
 ) -> list[str]:
-    half = max(row.length for row in rows) // 2
+    longest = max(row.length for row in rows)
     blocks = len(load_module(base)[0].layers)
     changes: list[tuple[str, LoraConfig, TrainConfig]] = []
     if memory.again != "blocks":
         changes.append(("--memory auto", lora, replace(training, memory="auto")))
-    if half >= 2:
-        changes.append((f"--max-seq-length {half}", lora, replace(training, max_seq_length=half)))
+    for length in (longest // 2, longest // 4, longest // 8):
+        if length >= 2:
+            changes.append((f"--max-seq-length {length}", lora, replace(training, max_seq_length=length)))
     if blocks > 4 and (lora.num_layers == "all" or lora.num_layers > 4):
         changes.append(("--num-layers 4", replace(lora, num_layers=4), training))
-    advice = []
+    advice: dict[str, str] = {}
     for text, lora_, training_ in changes:
+        option = text.split()[0]
+        if option in advice:  # a longer length fits already
+            continue
         cut = [_cut(row, training_.max_seq_length) for row in rows]
         left = [row for row in cut if row.can_be_trained]
         if not left:
@@ -330,8 +334,8 @@ def _advice(
         way = memory if training_.memory == training.memory else replace(memory, again="blocks")
         peak = forecast(base, left, lora_, training_, way)[0].peak_bytes
         if peak <= ROOM * usable:
-            advice.append(f"{text}: {peak / 1e9:.2f} GB")
-    return advice or ["a base model of fewer parameters or bits"]
+            advice[option] = f"{text}: {peak / 1e9:.2f} GB"
+    return list(advice.values()) or ["a base model of fewer parameters or bits"]
 
 
 def _cut(row: Row, length: int) -> Row:

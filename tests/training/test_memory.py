@@ -186,6 +186,17 @@ def test_estimate_says_what_would_fit(tiny_model, tmp_path, monkeypatch):
     )
 
 
+def test_rows_that_are_far_too_long_are_advised_to_be_cut_to_what_fits(tiny_model):
+    base, plan = resolve_base(tiny_model("llama", **DEEP)), forecast.MemoryPlan("blocks")
+    long = tuple(replace(row, trained=np.arange(800) > 0) for row in rows(800))
+    cut = (tuple(forecast._cut(row, length) for row in long) for length in (400, 200))
+    half, quarter = (forecast.forecast(base, part, LORA, TRAINING, plan)[0].peak_bytes for part in cut)
+    usable = int((half + quarter) / 2 / forecast.ROOM)
+    assert any(
+        line.startswith("--max-seq-length 200:") for line in forecast._advice(base, long, LORA, TRAINING, plan, usable)
+    )
+
+
 def test_memory_grows_with_batch_and_length(tiny_model):
     base = resolve_base(tiny_model("llama", **DEEP))
     peak = lambda training, length: forecast.forecast(base, rows(length), LORA, training)[0].peak_bytes  # noqa: E731
