@@ -117,7 +117,7 @@ def _ended(connection: socket.socket) -> bool:
 
 
 def _end() -> None:
-    log.error("Another process of this run was lost in the middle of a step: '--resume' goes on from what was saved.")
+    log.error("Error: Another process of this run was lost in the middle of a step.\nHint: go on with --resume.")
     os._exit(1)
 
 
