@@ -15,6 +15,7 @@ from mlx_adapters.errors import ConfigError, TrainingError
 from mlx_adapters.events import Note
 from mlx_adapters.models.layers import named_layers
 from mlx_adapters.models.loading import load_model
+from mlx_adapters.optimization.probe import Prober
 from mlx_adapters.optimization.step import MemoryPlan, TrainStep
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.sources.registry import adapter_folder
@@ -104,7 +105,10 @@ def test_the_ladder_goes_down(deep):
 
 
 @pytest.mark.parametrize("again", ["mlp", "blocks"])
-def test_the_cheapest_way_that_fits_is_taken(again, deep):
+def test_the_cheapest_way_that_fits_is_taken(again, deep, monkeypatch):
+    """By figures of our own: what a busy GPU is seen to take differs by more than a rung of so small a model."""
+    needs = {"nothing": 60e6, "mlp": 45e6, "blocks": 30e6}
+    monkeypatch.setattr(Prober, "step_bytes", lambda prober, *_: (needs[prober.memory.again], 0))
     base, data = deep
     ladder = peaks(base, data)
     dearer = ladder["nothing" if again == "mlp" else "mlp"]
