@@ -261,5 +261,5 @@ def _refuse_not_finite(moments: Moments) -> None:
     if not mx.isfinite(mx.stack(sums)).all():
         raise FormatError(
             "The adapter model computes NaN or Inf on the calibration text.",
-            "is the base whole, and the adapter's update not far too large? --weight makes it smaller.",
+            "is the base whole, and the adapter's update not far too large?",
         )
