@@ -47,6 +47,7 @@ PYTHON_CALLS = {  # of options that switch something on
     "no-check": "check=False",
     "public": "private=False",
     "quick": "thorough=False",
+    "thorough": "thorough=True",
     "home": "MLX_ADAPTERS_HOME",
     "trust-remote-code": "ma.trusting_remote_code()",
 }
