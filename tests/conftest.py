@@ -8,6 +8,7 @@ os.environ["MLX_ENABLE_TF32"] = "0"  # on a GPU: float32 products with 24 bits, 
 if os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1") != "1":
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
@@ -35,6 +36,10 @@ if AS_ON_GPU:
 hypothesis.settings.register_profile("steady", deadline=None, derandomize=True)
 hypothesis.settings.register_profile("search", deadline=None)
 hypothesis.settings.load_profile("search" if os.environ.get("MLX_ADAPTERS_SEARCH") else "steady")
+
+for number in (signal.SIGINT, signal.SIGQUIT):  # ignored in a shell's background, and by what a test starts
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost", "0.0.0.0", "::", "", None)
 

@@ -100,7 +100,7 @@ def test_gate_and_up_keep_one_copy_of_what_they_see():
         mx.eval(one.of(0, EXPERTS).plain)
     mx.synchronize()
     pooled = 2 * 2 * 4 * WIDTH * WIDTH  # is kept
-    assert mx.get_active_memory() - before <= weights + pooled
+    assert mx.get_active_memory() - before <= weights + pooled + 16 * 20  # malloc gives an array up to 16 bytes more
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mixtral"])
