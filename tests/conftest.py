@@ -37,7 +37,7 @@ hypothesis.settings.register_profile("steady", deadline=None, derandomize=True)
 hypothesis.settings.register_profile("search", deadline=None)
 hypothesis.settings.load_profile("search" if os.environ.get("MLX_ADAPTERS_SEARCH") else "steady")
 
-for number in (signal.SIGINT, signal.SIGQUIT):  # ignored in a shell's background, and by what a test starts
+for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):  # ignored under nohup and in a shell's background
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
