@@ -53,7 +53,7 @@ WRITTEN = {  # how each family writes a call
 
 @pytest.mark.parametrize("family", WRITTEN)
 def test_a_model_learns_to_call_and_to_stop(family, tmp_path):
-    """Some hundred steps on fifty rows, asked what was trained. So small a model does not always copy the right city."""
+    """Many steps on fifty rows, asked what was trained. So small a model does not always copy the right city."""
     base, rng = write_base(tmp_path / family, family), random.Random(0)
     asked = [(way.format(city), city) for way in WAYS for city in CITIES]
     data = write(tmp_path / "data", [row(question, city, rng) for question, city in asked * 2])
