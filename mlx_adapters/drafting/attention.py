@@ -20,7 +20,7 @@ from typing import Any
 
 from mlx_adapters.models.quantized_check import tried
 from mlx_adapters.system.door import mx
-from mlx_adapters.system.gpu_kernels import ATTENTION, FEW, build, spelled
+from mlx_adapters.system.gpu_kernels import ATTENTION, FEW, build, chosen, spelled
 from mlx_adapters.system.machine import on_cuda
 
 RECENT = 32  # tokens whose keys and values lie beside the cache
@@ -160,11 +160,8 @@ def _kernel(way: Callable[..., Any]) -> Any:
 
 @cache
 def _keep(layers: int, way: Callable[..., Any]) -> Any:
-    new = "new_0"
-    for layer in range(1, layers):
-        new = f"layer == {layer} ? new_{layer} : ({new})"
-    inputs = ["recent", "counts", *(f"new_{layer}" for layer in range(layers))]
-    return way("keep", inputs, ["following"], spelled(KEEP, {"NEW": new}), "")
+    new = [f"new_{layer}" for layer in range(layers)]
+    return way("keep", ["recent", "counts", *new], ["following"], spelled(KEEP, {"NEW": chosen("layer", new)}), "")
 
 
 def serves(q: mx.array, keys: mx.array, values: mx.array) -> bool:

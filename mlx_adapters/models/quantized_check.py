@@ -112,6 +112,12 @@ def tried(
     return False
 
 
+def largest_error(made: mx.array, expected: mx.array) -> float:
+    """How far a kernel's numbers are off, relative to the largest one expected (float32); infinite for NaN."""
+    error = (mx.abs(made.astype(mx.float32) - expected).max() / mx.abs(expected).max()).item()
+    return error if math.isfinite(error) else math.inf
+
+
 def _make_dense(module: nn.Module, wrong: dict[str, nn.Module], dtype: mx.Dtype, say: bool) -> None:
     needed = sum(dtype.size * math.prod(weight_shape(layer)) for layer in wrong.values())
     first = next(iter(wrong))

@@ -12,7 +12,7 @@ from functools import cache, partial
 from itertools import accumulate
 from typing import Any
 
-from mlx_adapters.models.quantized_check import tried
+from mlx_adapters.models.quantized_check import largest_error, tried
 from mlx_adapters.system.door import mx
 from mlx_adapters.system.gpu_kernels import Language, build, language, spelled
 from mlx_adapters.system.machine import on_gpu
@@ -213,5 +213,4 @@ def _error(dtype: mx.Dtype) -> float:
     z = (a[at] @ x[:, None, :, None]).squeeze(-1)  # (tokens, layers, r)
     z = mx.concatenate([mx.repeat(z[:, i : i + 1], width, axis=1) for i, width in enumerate(widths)], axis=1)
     expected = y * gain[at] + shift[at] + (b[at] * z).sum(axis=-1)
-    error = (mx.abs(added - expected).max() / mx.abs(expected).max()).item()
-    return error if math.isfinite(error) else math.inf
+    return largest_error(added, expected)

@@ -13,11 +13,11 @@ from functools import cache, partial
 from itertools import accumulate
 from typing import Any
 
-from mlx_adapters.models.quantized_check import tried
+from mlx_adapters.models.quantized_check import largest_error, tried
 from mlx_adapters.runtime.kernel import MOST_ERROR, MOST_RANKS
 from mlx_adapters.storage.tensor_names import BIAS, QUANTIZED_LEAVES, SCALES
 from mlx_adapters.system.door import mx
-from mlx_adapters.system.gpu_kernels import FEW, build, spelled
+from mlx_adapters.system.gpu_kernels import FEW, build, chosen, spelled
 from mlx_adapters.system.machine import on_cuda
 
 ROWS = 16  # that a tensor core takes
@@ -226,9 +226,7 @@ def _kernel(dtype: mx.Dtype, parts: int, extra: tuple[str, ...], way: Callable[.
 
 def source(dtype: mx.Dtype, parts: int, extra: Sequence[str]) -> str:
     """The kernel's text, for so many layers."""
-    out = "out_0"
-    for part in range(1, parts):
-        out = f"part == {part} ? out_{part} : ({out})"
+    out = chosen("part", [f"out_{part}" for part in range(parts)])
     terms = {name.upper(): TERMS[name] if name in extra else "" for name in TERMS}
     return spelled(SOURCE, WORDS[dtype] | terms | {"OUT": out})
 
@@ -270,5 +268,4 @@ def _error(dtype: mx.Dtype, group_size: int) -> float:
     whole = mx.dequantize(w, scales.astype(mx.float32), biases.astype(mx.float32), **options)
     z = mx.concatenate([mx.repeat(x @ a[0, i].T, width, axis=0) for i, width in enumerate(widths)])  # (out, r)
     expected = ((x @ whole.T)[0] + shift) * gain + shift + (b[0] * z).sum(axis=-1)
-    error = (mx.abs(all_ways - expected).max() / mx.abs(expected).max()).item()
-    return error if math.isfinite(error) else math.inf
+    return largest_error(all_ways, expected)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
-from mlx_adapters.models.quantized_check import remembered
+from mlx_adapters.models.quantized_check import largest_error, remembered
 from mlx_adapters.surgery.calls import function_call_as
 from mlx_adapters.surgery.padded import PaddedCache, fetched
 from mlx_adapters.system.door import mx
@@ -163,5 +163,4 @@ def _error(dtype: mx.Dtype, width: int, out_width: int) -> float:
     k, v = (mx.repeat(array[:, :, :end], 2, axis=1) for array in (k, v))
     seen = mx.arange(end) >= mx.array(left)[:, None, None, None]
     expected = mx.softmax(mx.where(seen, 0.3 * q @ k.swapaxes(-1, -2), -mx.inf), axis=-1) @ v
-    error = (mx.abs(out.astype(mx.float32) - expected).max() / mx.abs(expected).max()).item()
-    return error if math.isfinite(error) else math.inf
+    return largest_error(out, expected)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
-from mlx_adapters.models.quantized_check import tried
+from mlx_adapters.models.quantized_check import largest_error, tried
 from mlx_adapters.storage.tensor_names import QUANTIZED_LEAVES
 from mlx_adapters.system.door import mx, nn
 from mlx_adapters.system.gpu_kernels import FEW, build, language
@@ -114,8 +114,7 @@ def _error(dtype: mx.Dtype, bits: int, group_size: int, rank: int) -> float:
     packed = (layer[name] for name in QUANTIZED_LEAVES)
     expected = mx.dequantize(*packed, group_size=group_size, bits=bits, dtype=dtype).astype(mx.float32)
     expected = expected + b.astype(mx.float32) @ a.astype(mx.float32)
-    error = (mx.abs(made - expected).max() / mx.abs(expected).max()).item()
-    return error if math.isfinite(error) else math.inf
+    return largest_error(made, expected)
 
 
 def _linear(weight: mx.array) -> nn.Linear:

@@ -80,6 +80,14 @@ ATTENTION = {
 }
 
 
+def chosen(number: str, names: Sequence[str]) -> str:
+    """In a kernel's text the one of these pointers that has this number."""
+    text = names[0]
+    for i, name in enumerate(names[1:], start=1):
+        text = f"{number} == {i} ? {name} : ({text})"
+    return text
+
+
 PRELUDE = """
 #define INFINITY __int_as_float(0x7f800000)
 struct bfloat16 {
