@@ -86,21 +86,21 @@ def test_moments_of_experts_are_theirs_shrunk_towards_what_all_saw(layer_and_pai
 
 
 def test_gate_and_up_keep_one_copy_of_what_they_see():
+    tokens, width, out = 512, 256, 8
     gate, up = ExpertMoments(EXPERTS), ExpertMoments(EXPERTS)
-    given = [mx.full((TOKENS, 1, WIDTH), float(i)) for i in range(2)]
-    indices, g = mx.zeros((TOKENS,), mx.uint32), mx.ones((TOKENS, 1, OUT))
+    given = [mx.full((tokens, 1, width), float(i)) for i in range(2)]
+    indices, g = mx.zeros((tokens,), mx.uint32), mx.ones((tokens, 1, out))
     mx.eval(given, indices, g)
-    before = mx.get_active_memory()
+    before, copy = mx.get_active_memory(), 4 * tokens * width
     for x in given:
         for one in (gate, up):
             one.add(Seen(x, indices, g))
-    weights = 4 * (4 * TOKENS + (128 if on_gpu() else 32))  # there sums are arrays, too; a copy of x would be 180
-    assert mx.get_active_memory() - before <= weights
+    assert mx.get_active_memory() - before < copy / 8  # a weight for each token, and what an allocator rounds up
     for one in (gate, up):
         mx.eval(one.of(0, EXPERTS).plain)
     mx.synchronize()
-    pooled = 2 * 2 * 4 * WIDTH * WIDTH  # is kept
-    assert mx.get_active_memory() - before <= weights + pooled + 16 * 20  # malloc gives an array up to 16 bytes more
+    pooled = 2 * 2 * 4 * width * width  # is kept
+    assert mx.get_active_memory() - before < pooled + copy / 8
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mixtral"])
