@@ -8,6 +8,7 @@ os.environ["MLX_ENABLE_TF32"] = "0"  # on a GPU: float32 products with 24 bits, 
 if os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1") != "1":
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+import hashlib
 import signal
 import socket
 import sys
@@ -83,21 +84,36 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`tiny_model("llama")`, `tiny_model("qwen3", bits=4)`: the folder of a tiny model. Do not change it.
+    """`tiny_model("llama")`, `tiny_model("qwen3", bits=4)`: a tiny model's folder, made once per run. Do not change it.
 
     Takes the keywords of `tiny_models.build_model`; equal calls give the same folder.
     """
     from helpers.tiny_models import build_model
 
-    root, built = tmp_path_factory.mktemp("tiny"), {}
+    from mlx_adapters.storage.locks import lock_file
+
+    root, built = shared(tmp_path_factory) / "tiny", {}
 
     def factory(architecture: str = "llama", bits: int | None = None, **options) -> Path:
         key = (architecture, bits, *sorted(options.items()))
         if key not in built:
-            built[key] = build_model(root / f"{architecture}-{len(built)}", architecture, bits=bits, **options)
+            folder = root / f"{architecture}-{hashlib.sha256(repr(key).encode()).hexdigest()[:12]}"
+            lock, part = folder.with_suffix(".lock"), folder.with_suffix(".part")
+            root.mkdir(exist_ok=True)
+            lock.touch()
+            with lock_file(lock, wait=True):
+                if not folder.exists():
+                    build_model(part, architecture, bits=bits, **options).rename(folder)
+            built[key] = folder
         return built[key]
 
     return factory
+
+
+def shared(factory: pytest.TempPathFactory) -> Path:
+    """A folder of this run, one for all its workers."""
+    root = factory.getbasetemp()
+    return root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
 
 
 @pytest.fixture(scope="session")
@@ -105,9 +121,7 @@ def demo_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A home folder in which the embedded real model is made, once per run, by the code under test."""
     from mlx_adapters.sources.demo_base import demo_base_folder
 
-    root = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        root = root.parent  # shared by the workers; the lock lets one of them make it
+    root = shared(tmp_path_factory)  # the lock lets one of the workers make it
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLX_ADAPTERS_HOME", str(root / "demo-home"))
         demo_base_folder()
