@@ -11,6 +11,7 @@ if os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1") != "1":
 import hashlib
 import signal
 import socket
+import stat
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -80,6 +81,41 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(socket.socket, "connect", guarded_connect)
     monkeypatch.setattr(socket, "getaddrinfo", guarded_look_up)
+
+
+@pytest.fixture
+def knows_no_case(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], Path]:
+    """`knows_no_case(path)`: the path in capital letters, which leads there as on a disk that knows no case.
+
+    A link stands for it; nothing tells that it is one, and renaming to it is a change of case.
+    """
+    look, move = os.stat, os.rename
+
+    def is_spelling(path: str | Path) -> bool:
+        try:
+            told = look(path, follow_symlinks=False)
+            return stat.S_ISLNK(told.st_mode) and os.readlink(path).upper() == os.path.basename(path)
+        except (OSError, TypeError, ValueError):
+            return False
+
+    def found(path, *, dir_fd=None, follow_symlinks=True):
+        return look(path, dir_fd=dir_fd, follow_symlinks=follow_symlinks or is_spelling(path))
+
+    def renamed(source, target, **options):
+        if is_spelling(target):
+            os.unlink(target)
+        move(source, target, **options)
+
+    def capital(path: Path) -> Path:
+        spelled = path.parent / path.name.upper()
+        if not os.path.lexists(spelled):
+            spelled.symlink_to(path.name)
+        return spelled
+
+    monkeypatch.setattr(os, "stat", found)
+    monkeypatch.setattr(os, "lstat", lambda path, *, dir_fd=None: found(path, dir_fd=dir_fd, follow_symlinks=False))
+    monkeypatch.setattr(os, "rename", renamed)
+    return capital
 
 
 @pytest.fixture(scope="session")

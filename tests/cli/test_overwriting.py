@@ -117,39 +117,53 @@ def test_only_its_own_earlier_output_is_replaced(place, command):
         assert (place / "link").is_symlink() and not list(place.glob(f"{paths.TEMPORARY_PREFIX}*"))
 
 
-READS = {
-    "split of itself": ("data", "split", "split/train.jsonl", "split", "--overwrite"),
-    "base": (*FUSE, "--base", "fused", "fused", "--any-base", "--overwrite"),
-    "recipe": ("fuse", "--again", "fused", "fused", "--overwrite"),
-    "recipe's file": ("fuse", "--again", "fused/fuse_recipe.json", "fused", "--overwrite"),
-    "adapter": ("export-peft", "./folder", "folder", "--overwrite"),
-    "added to itself": ("add", "./folder", "--out", "folder", "--overwrite"),
-    "by a link": ("fuse", "--again", "fused", "link", "--overwrite"),
-    "merged into itself": ("merge", "a", "./folder", "--name", "a", "--overwrite"),
-    "subtracted from itself": ("subtract", "./folder", "a", "--name", "a", "--overwrite"),
-    "scaled": ("scale", "a", "0.5", "--name", "a", "--overwrite"),
-    "interpolated": ("interpolate", "a", "./folder", "--data", "split", "--best", "--name", "a", "--overwrite"),
+READS = {  # {}: what would be replaced
+    "split of itself": ("data", "split", "split/train.jsonl", "{split}", "--overwrite"),
+    "base": (*FUSE, "--base", "fused", "{fused}", "--any-base", "--overwrite"),
+    "recipe": ("fuse", "--again", "fused", "{fused}", "--overwrite"),
+    "recipe's file": ("fuse", "--again", "fused/fuse_recipe.json", "{fused}", "--overwrite"),
+    "adapter": ("export-peft", "./folder", "{folder}", "--overwrite"),
+    "added to itself": ("add", "./folder", "--out", "{folder}", "--overwrite"),
+    "unpacked over itself": ("add", "./fused", "--out", "{fused}", "--overwrite"),
+    "PEFT's own": ("fuse", "--from-peft", "peft", "--base", "fused", "{peft}", "--overwrite"),
+    "merged into itself": ("merge", "a", "./folder", "--name", "{a}", "--overwrite"),
+    "subtracted from itself": ("subtract", "./folder", "a", "--name", "{a}", "--overwrite"),
+    "scaled": ("scale", "a", "0.5", "--name", "{a}", "--overwrite"),
+    "interpolated": ("interpolate", "a", "./folder", "--data", "split", "--best", "--name", "{a}", "--overwrite"),
 }
+SPELLINGS = ("as it is", "in capital letters", "by a link", "below a link")
+SPELLED = [(what, spelling) for what in READS for spelling in SPELLINGS[: 2 if "{a}" in READS[what] else 4]]
 
 
-@pytest.mark.parametrize("what", READS)
-def test_what_a_command_reads_is_not_replaced(place, what):
-    (place / "link").symlink_to(place / "fused")
+def spelled(spelling: str, name: str, place: Path, knows_no_case) -> str:
+    """A path or name in `place`, made to be spelled otherwise; /tmp is a link on a Mac, its disk knows no case."""
+    if name == "a":
+        return knows_no_case(registry.adapter_folder("a")).name if spelling == "in capital letters" else name
+    if spelling == "by a link":
+        (place / "link").symlink_to(place / name)
+        return "link"
+    if spelling == "below a link":
+        (place.parent / "linked").symlink_to(place.name)
+        return str(place.parent / "linked" / name)
+    return str(knows_no_case(place / name)) if spelling == "in capital letters" else name
+
+
+@pytest.mark.parametrize("what, spelling", SPELLED)
+def test_what_a_command_reads_is_not_replaced(place, what, spelling, knows_no_case):
+    out = next(part for part in READS[what] if part[0] == "{")
+    target = spelled(spelling, out[1:-1], place, knows_no_case)
     before = tree(place)
-    message = run(*READS[what], code=1)
+    message = run(*(target if part == out else part for part in READS[what]), code=1)
     assert "is read, and would be replaced" in message or "other things" in message
     assert tree(place) == before
 
 
-def test_what_is_read_is_known_in_other_letters(place, monkeypatch):
-    """A disk that knows no case: a link stands for it that nothing resolves."""
-    (place / "FUSED").symlink_to(place / "fused")
-    monkeypatch.setattr(Path, "resolve", lambda path, strict=False: path.absolute())
-    before = tree(place)
-    for read, out in (("FUSED", "fused"), ("fused", "FUSED")):
-        message = run(*FUSE, "--base", f"./{read}", f"./{out}", "--any-base", "--overwrite", code=1)
-        assert "is read, and would be replaced" in message
-    assert tree(place) == before
+def test_what_is_read_is_known_in_other_letters(place, knows_no_case):
+    for read, out in ((knows_no_case(place / "fused"), "./fused"), ("./split", knows_no_case(place / "split"))):
+        before = tree(place)
+        source = (*FUSE, "--base", read, "--any-base") if out == "./fused" else ("data", "split", f"{read}/train.jsonl")
+        assert "is read, and would be replaced" in run(*source, out, "--overwrite", code=1)
+        assert tree(place) == before
 
 
 READMES = {
@@ -305,13 +319,15 @@ OUTPUTS = {
         ("train", "--log", "data/train.jsonl"),
     ],
 )
-def test_a_report_is_not_written_over_what_was_read_for_it(place, base, command, option, target):
+def test_a_report_is_not_written_over_what_was_read_for_it(place, base, command, option, target, knows_no_case):
     shutil.copytree(base, place / "model")
     (place / "link").symlink_to(place / "model")
     (place / "folder" / "loss.svg").write_text("mine")
-    before = tree(place)
-    assert "is read" in run(*OUTPUTS[command], option, target, code=1).replace("which is", "is")
-    assert tree(place) == before
+    whole = place / target
+    for spelling in (target, knows_no_case(whole), knows_no_case(whole.parent) / whole.name):
+        before = tree(place)
+        assert "is read" in run(*OUTPUTS[command], option, spelling, code=1).replace("which is", "is")
+        assert tree(place) == before
 
 
 def test_reports_may_lie_among_the_plots(place, monkeypatch):

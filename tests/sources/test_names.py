@@ -80,13 +80,15 @@ def test_a_place_has_one_lock_however_it_is_spelled(tmp_path, home):
         pass
 
 
-def test_the_same_place_is_told_by_the_disk(tmp_path):
+def test_the_same_place_is_told_by_the_disk(tmp_path, knows_no_case):
     (tmp_path / "private").mkdir()
     (tmp_path / "private/base").mkdir()
     (tmp_path / "tmp").symlink_to("private")
-    (tmp_path / "private/BASE").symlink_to("base")  # as a disk that knows no case would find it
     assert paths.same_place(tmp_path / "tmp/base", tmp_path / "private/base")
-    assert paths.same_place(tmp_path / "private/BASE", tmp_path / "private/base")
+    assert paths.same_place(knows_no_case(tmp_path / "private/base"), tmp_path / "private/base")
+    (tmp_path / "file").touch()
+    os.link(tmp_path / "file", tmp_path / "twin")  # which no spelling tells
+    assert paths.same_place(tmp_path / "file", tmp_path / "twin")
     assert paths.same_place(tmp_path / "tmp/not-there", tmp_path / "private/not-there")
     assert not paths.same_place(tmp_path / "private", tmp_path / "private/base")
     assert not paths.same_place(tmp_path / "a", tmp_path / "b") and not paths.same_place("a\0", "b")
@@ -147,18 +149,25 @@ def test_names_that_differ_in_case_alone_are_one(base):
         keeping.rename("chat", "sql")
 
 
-def test_a_pure_change_of_case_where_both_spellings_are_there(base):
-    """A link stands for what a disk that knows no case does."""
-    folder = make_run(base, "sql")
-    (folder.parent / "SQL").symlink_to("sql")
+def test_a_pure_change_of_case_where_both_spellings_are_there(base, knows_no_case):
+    capital = knows_no_case(make_run(base, "sql"))
     assert keeping.rename("sql", "SQL").iterations == (100, 200, 300)
-    assert registry.names() == ["SQL"] and not (folder.parent / "SQL").is_symlink()
+    assert registry.names() == ["SQL"] and not capital.is_symlink()
 
 
-def test_adapters_of_a_base_are_found_however_its_path_is_spelled(base, tmp_path):
+def test_a_named_adapter_is_known_by_its_folder_however_that_is_spelled(base, home, tmp_path, knows_no_case):
+    make_run(base, "sql")
+    (tmp_path / "linked").symlink_to(home)
+    for spelled in (tmp_path / "linked", knows_no_case(home)):
+        assert lookup.registered(str(spelled / "adapters" / "sql")).target == "sql"
+
+
+def test_adapters_of_a_base_are_found_however_its_path_is_spelled(base, tmp_path, knows_no_case):
+    base = shutil.copytree(base, tmp_path / "base")
     make_run(base, "sql")
     (tmp_path / "link").symlink_to(base)
-    assert [e.name for e in registry.list_adapters(base=str(tmp_path / "link"))] == ["sql"]
+    for spelled in (tmp_path / "link", knows_no_case(base)):
+        assert [e.name for e in registry.list_adapters(base=str(spelled))] == ["sql"]
     assert registry.list_adapters(base=str(tmp_path)) == []
 
 
