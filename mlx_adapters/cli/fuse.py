@@ -151,7 +151,7 @@ def fuse_command(
     if len(refs) < (1 if again or from_peft else 2):
         raise click.UsageError("Give the adapter and the folder to write.")
     *adapters, out = refs
-    if html is not None and html.resolve().is_relative_to(paths.expanded(out).resolve()):
+    if html is not None and paths.lies_in(html, paths.expanded(out)):
         raise click.UsageError("--html is a file beside the model, not in its folder, which only the fuse writes.")
     precision = Precision.spelled(bits, group_size, mode)
     if again is not None:

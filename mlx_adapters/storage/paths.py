@@ -57,6 +57,15 @@ def same_place(one: str | Path, other: str | Path) -> bool:
         return os.path.realpath(one) == os.path.realpath(other)
 
 
+def lies_in(path: str | Path, folder: str | Path) -> bool:
+    """Whether a path leads to a folder or into it, there or not, however both are spelled (see `same_place`)."""
+    try:
+        whole = Path(path).expanduser().resolve()
+    except (OSError, ValueError, RuntimeError):  # no path at all, or a circle of links
+        return False
+    return any(same_place(part, folder) for part in (whole, *whole.parents))
+
+
 def is_litter(name: str) -> bool:
     """Whether a file of this name was put there by an operating system, for itself: it is nobody's data."""
     return name in LITTER or name.startswith("._")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from mlx_adapters.errors import AdapterError, ExistsError, TrainingError
-from mlx_adapters.storage.paths import TEMPORARY_PREFIX, is_litter
+from mlx_adapters.storage.paths import TEMPORARY_PREFIX, is_litter, lies_in
 
 SHOWN = 3
 README = "README.md"
@@ -132,11 +132,8 @@ def refuse_writing_into(file: Path, reads: Iterable[object]) -> None:
 
 
 def _lies_in(place: str, out: Path) -> bool:
-    try:  # by the disk's own word: links, and on some disks letters in either case, are other spellings of one place
-        resolved = Path(place).expanduser().resolve(strict=True)
-        return out.exists() and any(path.samefile(out) for path in (resolved, *resolved.parents))
-    except (OSError, ValueError, RuntimeError):  # nothing that is on this disk
-        return False
+    there = os.path.exists(os.path.expanduser(place)) and os.path.exists(out)  # an id of the Hub is not
+    return there and lies_in(place, out)
 
 
 def stat_of(path: Path) -> os.stat_result | None:

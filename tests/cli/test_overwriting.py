@@ -330,6 +330,11 @@ def test_a_report_is_not_written_over_what_was_read_for_it(place, base, command,
         assert tree(place) == before
 
 
+def test_no_report_of_a_fuse_lies_in_the_model(place, knows_no_case):
+    for out, html in (("new", "new/r.html"), ("fused", knows_no_case(place / "fused") / "r.html")):
+        assert "beside the model" in run(*FUSE, out, "--overwrite", "--html", html, code=1)
+
+
 def test_reports_may_lie_among_the_plots(place, monkeypatch):
     def reached(*_, **__):
         raise NotFoundError("reached")
