@@ -6,7 +6,8 @@ masters, and of a layer the backward pass is left its input alone, which the lay
 draws the dropout's mask again from its key. Products in 16 bits sum in float32, as all of MLX's do.
 DoRA (arXiv 2402.09353) gets ‖W + s B A‖ by rows from ‖W‖, W A and AᵀA, so that W is not unpacked for it in each step.
 
-Embeddings stay mlx-lm's: an embedding's factors meet no copy of anything large.
+Embeddings compute what mlx-lm's do. What goes back to a row is added up in one order, where a GPU's scatter adds what
+comes first: a resumed run would end in other roundings.
 
 On CUDA a packed matrix is unpacked for each product of many tokens, forward and backward, and forgotten again: MLX's
 quantized product takes two to three times as long there (an H200, 9,728 x 2,560 in 4 bits and 2,048 tokens: 0.94 and
@@ -23,7 +24,16 @@ from mlx_adapters.models.dense import weight_shape
 from mlx_adapters.models.low_rank import filled
 from mlx_adapters.storage.tensor_names import BIAS, LORA_A, LORA_B, join
 from mlx_adapters.surgery import calls
-from mlx_adapters.system.door import DoRALinear, LoRALinear, LoRASwitchLinear, SwitchLinear, mx, nn
+from mlx_adapters.system.door import (
+    DoRAEmbedding,
+    DoRALinear,
+    LoRAEmbedding,
+    LoRALinear,
+    LoRASwitchLinear,
+    SwitchLinear,
+    mx,
+    nn,
+)
 from mlx_adapters.system.machine import on_cuda, on_gpu
 
 Call = Callable[..., mx.array]
@@ -31,7 +41,15 @@ Call = Callable[..., mx.array]
 
 def saving_calls(adapted: Iterable[nn.Module]) -> list[tuple[nn.Module, Call]]:
     """(adapter layer, what to `calls.intercept` its calls with) of each that computes as this file says."""
-    kinds = {LoRALinear: _lora, DoRALinear: _dora, LoRASwitchLinear: _experts, SwitchLinear: _whole_experts}
+    kinds = {
+        LoRALinear: _lora,
+        DoRALinear: _dora,
+        LoRASwitchLinear: _experts,
+        SwitchLinear: _whole_experts,
+        LoRAEmbedding: _embedding,
+        DoRAEmbedding: _dora_embedding,
+        nn.Embedding: _whole_embedding,
+    }
     return [(layer, make(layer)) for layer in adapted for kind, make in kinds.items() if isinstance(layer, kind)]
 
 
@@ -200,6 +218,55 @@ def _magnified() -> Call:
         return gain * dy, mx.where(by == 0, 0, summed / by), mx.zeros_like(norm)
 
     return product
+
+
+def _embedding(layer: nn.Module) -> Call:
+    def call(original: Call, x: mx.array) -> mx.array:
+        y, z = layer.embedding(x), rows_of(layer.lora_a, x) @ layer.lora_b
+        return y + (layer.scale * layer.dropout(z)).astype(y.dtype)
+
+    return call
+
+
+def _dora_embedding(layer: nn.Module) -> Call:
+    def call(original: Call, x: mx.array) -> mx.array:
+        y, z = layer.embedding(x), layer.scale * rows_of(layer.lora_a, x) @ layer.lora_b
+        norm = mx.stop_gradient(mx.linalg.norm(y + z, axis=-1))
+        return (rows_of(layer.m, x) / norm)[..., None] * (y + layer.dropout(z).astype(y.dtype))
+
+    return call
+
+
+def _whole_embedding(layer: nn.Module) -> Call:
+    """An embedding that is trained itself."""
+    return lambda original, x: rows_of(layer.weight, x)
+
+
+@mx.custom_function
+def rows_of(table: mx.array, indices: mx.array) -> mx.array:
+    """`table[indices]`, (*indices, ...) of (n, ...), whose gradient is the same to the bit each time."""
+    return table[indices]
+
+
+@rows_of.vjp
+def _rows_back(primals: tuple, dy: mx.array, output: mx.array) -> tuple:
+    table, indices = primals
+    order = mx.argsort(indices.flatten())
+    which = indices.flatten()[order]  # equal ones side by side
+    sums = dy.reshape(which.size, -1)[order].astype(mx.float32)
+    step = 1
+    while step < which.size:  # then each holds the sum of the 2 · step entries up to it that are of its index
+        alike = (which[step:] == which[:-step])[:, None]
+        sums = mx.concatenate([sums[:step], sums[step:] + mx.where(alike, sums[:-step], 0)])
+        step *= 2
+    is_last = mx.concatenate([which[1:] != which[:-1], mx.array([True])])[:, None]
+    sums = mx.where(is_last, sums, 0).reshape(-1, *table.shape[1:])
+    return scattered(mx.zeros(table.shape, mx.float32), which, sums).astype(table.dtype), mx.zeros_like(indices)
+
+
+def scattered(rows: mx.array, indices: mx.array, values: mx.array) -> mx.array:
+    """`rows` with `values` added to those of `indices`, on a GPU in any order."""
+    return rows.at[indices].add(values)
 
 
 def kept_parts(path: str, layer: nn.Module) -> list[tuple[str, mx.array]]:

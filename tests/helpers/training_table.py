@@ -26,15 +26,13 @@ TRAINING = {
 @dataclass(frozen=True)
 class Way:
     """One way to train: settings besides LORA and TRAINING, the base, whether it starts from an adapter, whether the
-    data has validation rows, and whether an adapter is the reference. `sums_in_any_order`: on a GPU, where gradients of
-    tokens that repeat are added as they come."""
+    data has validation rows, and whether an adapter is the reference."""
 
     lora: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     base: dict[str, Any] = field(default_factory=dict)
     init_from: bool = False
     validated: bool = True
-    sums_in_any_order: bool = False
     reference: bool = False
 
     def data_in(self, folders: Mapping[str, Path]) -> Path:
@@ -71,7 +69,7 @@ WAYS = {
         {"target_modules": ("q_proj", "v_proj"), "num_layers": 1, "ranks": {"v_proj": 2}},
         {"prompt_column": "completion", "completion_column": "prompt"},
     ),
-    "embeddings": Way({"target_modules": ("embed_tokens", "v_proj")}, CLIPPED, sums_in_any_order=True),
+    "embeddings": Way({"target_modules": ("embed_tokens", "v_proj")}, CLIPPED),
     "pissa": Way(
         {"init": "pissa", "dropout": 0.0, "target_modules": ("q_proj", "down_proj"), "ranks": {"down_proj": 2}},
         {"weight_decay": 0.1, **CLIPPED},
@@ -84,7 +82,6 @@ WAYS = {
         {**FULL, "target_modules": ("input_layernorm", "v_proj", "embed_tokens", "switch_mlp.up_proj")},
         CLIPPED,
         {"architecture": "qwen3_moe"},
-        sums_in_any_order=True,
     ),
     "packing": Way({}, {"packing": True, "max_seq_length": 96, "batch_size": 2, "grad_accumulation": 3, **CLIPPED}),
     "less memory, chunks of a gated delta rule": Way(

@@ -7,10 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
-import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from safetensors.numpy import load
 
 from mlx_adapters.optimization import log_probabilities
 from mlx_adapters.optimization.probe import Prober
@@ -97,17 +95,6 @@ def write_rows_of_each_kind(folder: Path) -> dict[str, Path]:
         "pairs": write_preferences(folder / "pairs"),
         "labeled": write_preferences(folder / "labeled", labeled=True),
     }
-
-
-def same_outcome(actual: dict, expected: dict, exact: bool) -> bool:
-    """Whether two runs left the same: to the bit, or the same files with adapters that are near each other."""
-    if exact:
-        return actual == expected
-    weights = [name for name in expected if name.endswith("adapters.safetensors")]
-    pairs = [(load(actual[name]), load(expected[name])) for name in weights if name in actual]
-    return actual.keys() == expected.keys() and all(
-        np.allclose(one[name], other[name], atol=1e-3) for one, other in pairs for name in other
-    )
 
 
 def outcome(folder: Path) -> dict:

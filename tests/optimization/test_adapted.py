@@ -4,6 +4,7 @@ import gc
 from contextlib import ExitStack
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
@@ -11,7 +12,15 @@ from mlx_adapters.models import low_rank
 from mlx_adapters.optimization import adapted
 from mlx_adapters.optimization.adapted import saving_calls, unpacking
 from mlx_adapters.surgery import calls
-from mlx_adapters.system.door import DoRALinear, LoRALinear, LoRASwitchLinear, SwitchLinear, nn
+from mlx_adapters.system.door import (
+    DoRAEmbedding,
+    DoRALinear,
+    LoRAEmbedding,
+    LoRALinear,
+    LoRASwitchLinear,
+    SwitchLinear,
+    nn,
+)
 from mlx_adapters.system.machine import on_gpu
 
 KINDS = {"lora": LoRALinear, "dora": DoRALinear, "experts": LoRASwitchLinear}
@@ -219,3 +228,76 @@ def test_a_packed_matrix_may_be_unpacked_for_the_product(bits, group, dtype):
             assert off(ours, theirs) < (
                 1e-5 if dtype == mx.float32 and not on_gpu() else 5e-2
             )  # MLX's CPU sums in 16 bits
+
+
+# -- embeddings -------------------------------------------------------------------------------------------
+
+
+TOKENS = mx.array([[3, 1, 3, 3, 0, 7, 3, 1], [1, 3, 5, 3, 3, 1, 7, 3]])  # token 3 eight times
+
+
+def embedding(kind: str, dropout: float = 0.0, dtype: mx.Dtype = mx.float32) -> nn.Module:
+    mx.random.seed(0)
+    base = nn.Embedding(9, INPUTS)
+    if kind == "whole":
+        return base
+    base.set_dtype(dtype)
+    made = {"lora": LoRAEmbedding, "dora": DoRAEmbedding}[kind].from_base(base, r=4, dropout=dropout, scale=2.0)
+    base.freeze()
+    made.lora_b = 0.3 * mx.random.normal(made.lora_b.shape)
+    return made
+
+
+def of_embedding(made: nn.Module, ours: bool, tokens: mx.array = TOKENS) -> dict[str, mx.array]:
+    """The loss and its gradients, through the embedding at both of its ends."""
+    weighed, head = (mx.random.normal((*tokens.shape, n), key=mx.random.key(n)) for n in (INPUTS, 9))
+    own = made.trainable_parameters()
+    mx.random.seed(5)
+
+    def loss(weights: dict) -> mx.array:
+        made.update(weights)
+        x = made(tokens).astype(mx.float32)
+        return (x * weighed).sum() + (made.as_linear(x) * head).sum()
+
+    with ExitStack() as stack:
+        for each, call in saving_calls([made]) if ours else ():
+            stack.callback(calls.intercept(each, call))
+        value, grads = mx.value_and_grad(loss)(own)
+        values = {"loss": value} | dict(tree_flatten(grads))
+        mx.eval(values)
+    made.update(own)
+    return values
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("kind", ["lora", "dora", "whole"])
+def test_an_embeddings_value_and_gradients_are_mlx_lms(kind, dropout):
+    made = embedding(kind, dropout)
+    theirs, ours = (of_embedding(made, mine) for mine in (False, True))
+    assert ours.keys() == theirs.keys() and ours["loss"].item() == theirs["loss"].item()
+    for name, expected in theirs.items():
+        assert off(ours[name], expected) <= 1e-5, name
+
+
+def test_rows_of_16_bits_are_added_up_in_float32():
+    table, tokens = mx.ones((3, 2), mx.bfloat16), mx.array([1] * 1001 + [2])
+    gradient = mx.grad(lambda table: adapted.rows_of(table, tokens).sum())(table)
+    assert gradient.dtype == mx.bfloat16 and gradient.tolist() == [[0, 0], [1000, 1000], [1, 1]]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 64, 300])
+@pytest.mark.parametrize("kind", ["lora", "dora", "whole"])
+def test_an_embeddings_gradient_is_the_same_in_whatever_order_a_device_adds(kind, count, monkeypatch):
+    """A GPU's scatter adds what comes first: here what is scattered comes in another order each time."""
+    made, plain, order = embedding(kind), adapted.scattered, np.random.default_rng(0)
+    tokens = mx.array(order.integers(0, 4, (1, count)))
+
+    def in_any_order(rows: mx.array, indices: mx.array, values: mx.array) -> mx.array:
+        mixed = mx.array(order.permutation(indices.size))
+        return plain(rows, indices[mixed], values[mixed])
+
+    expected = of_embedding(made, True, tokens)
+    monkeypatch.setattr(adapted, "scattered", in_any_order)
+    for _ in range(5):
+        for name, gradient in of_embedding(made, True, tokens).items():
+            assert mx.array_equal(gradient, expected[name]), name
