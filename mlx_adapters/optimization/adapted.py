@@ -6,8 +6,8 @@ masters, and of a layer the backward pass is left its input alone, which the lay
 draws the dropout's mask again from its key. Products in 16 bits sum in float32, as all of MLX's do.
 DoRA (arXiv 2402.09353) gets ‖W + s B A‖ by rows from ‖W‖, W A and AᵀA, so that W is not unpacked for it in each step.
 
-Embeddings compute what mlx-lm's do. What goes back to a row is added up in one order, where a GPU's scatter adds what
-comes first: a resumed run would end in other roundings.
+Embeddings and experts compute what mlx-lm's do. What goes back to a token's row, and to a token from its experts, is
+added up in one order, where a GPU's scatter adds what comes first: a resumed run would end in other roundings.
 
 On CUDA a packed matrix is unpacked for each product of many tokens, forward and backward, and forgotten again: MLX's
 quantized product takes two to three times as long there (an H200, 9,728 x 2,560 in 4 bits and 2,048 tokens: 0.94 and
@@ -30,7 +30,9 @@ from mlx_adapters.system.door import (
     LoRAEmbedding,
     LoRALinear,
     LoRASwitchLinear,
+    SwitchGLU,
     SwitchLinear,
+    SwitchMLP,
     mx,
     nn,
 )
@@ -114,7 +116,7 @@ def _experts(layer: nn.Module) -> Call:
 
 def _in_order(product: Call, x: mx.array, indices: mx.array) -> mx.array:
     """`product(x, indices)`, (..., 1, out), of x (..., 1, in) and indices (...) by entries that are sorted by expert:
-    back through others MLX 0.32.4 has no kernel that starts on CUDA."""
+    back through others MLX 0.32.4 has no kernel that starts on CUDA, and on Metal adds in any order."""
     shape = (*np.broadcast_shapes(x.shape[:-2], indices.shape), 1)
     chosen = mx.broadcast_to(indices, shape[:-1]).flatten()
     order = mx.argsort(chosen)
@@ -127,11 +129,26 @@ def _whole_experts(layer: nn.Module) -> Call:
     """Experts that are trained themselves."""
 
     def call(original: Call, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
-        if sorted_indices or x.shape[-2] != 1 or not on_cuda():
+        if sorted_indices or x.shape[-2] != 1 or not on_gpu():
             return original(x, indices, sorted_indices=sorted_indices)
         return _in_order(lambda x, chosen: original(x, chosen, sorted_indices=True), x, indices)
 
     return call
+
+
+def apart_calls(module: nn.Module) -> list[tuple[nn.Module, Call]]:
+    """(block of experts, what to `calls.intercept` its calls with), of a module's on a GPU."""
+    blocks = [block for block in module.modules() if isinstance(block, SwitchGLU | SwitchMLP)]
+    return [(block, _apart) for block in blocks] if on_gpu() else []
+
+
+def _apart(original: Call, x: mx.array, indices: mx.array) -> mx.array:
+    """`original(x, indices)`, (..., k, out) of x (..., in) and indices (..., k), by an input of its own for each of a
+    token's experts: else MLX scatters what they give back. Two numbers have one sum in any order."""
+    if indices.shape[-1] <= 2:
+        return original(x, indices)
+    each = mx.broadcast_to(x[..., None, :], (*indices.shape, x.shape[-1]))
+    return original(each, indices[..., None]).squeeze(-2)
 
 
 def _of_experts_in(indices: mx.array, ordered: bool, scale: float) -> Call:
@@ -164,7 +181,7 @@ def _of_experts(indices: mx.array, ordered: bool, scale: float, kept: float) -> 
     def backward(primals: tuple, dy: mx.array, output: mx.array) -> tuple:
         _, x, a, b, *key = primals
         given = [_dropped(x, kept, key).astype(mx.float32), a, b]
-        sorts = on_cuda() and not ordered and x.shape[-2] == 1
+        sorts = on_gpu() and not ordered and x.shape[-2] == 1
         _, (dd, da, db) = mx.vjp(added_in_order if sorts else added, given, [dy.astype(mx.float32)])
         return dy, _dropped(dd, kept, key).astype(x.dtype), da, db, *map(mx.zeros_like, key)
 

@@ -17,7 +17,7 @@ from mlx_adapters.data.batches import Batch
 from mlx_adapters.models.adapter import Weights
 from mlx_adapters.models.layers import base_layer, named_layers
 from mlx_adapters.optimization import log_probabilities, through_rounding
-from mlx_adapters.optimization.adapted import kept_parts, saving_calls, unpacking_calls
+from mlx_adapters.optimization.adapted import apart_calls, kept_parts, saving_calls, unpacking_calls
 from mlx_adapters.optimization.distributed import World
 from mlx_adapters.optimization.feed import Draw, draw_of
 from mlx_adapters.optimization.log_probabilities import Arrays, LossPlan, device_batch, token_log_probabilities
@@ -92,6 +92,7 @@ class TrainStep:
         self._kept = self._packed_masks()
         layers = [layer for _, layer in named_layers(self.module)]
         self._calls = unpacking_calls(map(base_layer, layers)) + saving_calls(self.adapted.values())
+        self._calls += apart_calls(self.module)
         if self.config.packing:
             self._calls += begun_anew(self.module)
         self.feed_forwards = find_feed_forwards(self.module, layers)

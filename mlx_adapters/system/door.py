@@ -64,7 +64,7 @@ try:
         from mlx_lm.models import base as attention
         from mlx_lm.models import gated_delta, ssm
         from mlx_lm.models.cache import BatchKVCache, KVCache, make_prompt_cache
-        from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+        from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU, SwitchLinear, SwitchMLP
         from mlx_lm.tokenizer_utils import TokenizerWrapper, _infer_tool_parser
         from mlx_lm.tuner.dora import DoRAEmbedding, DoRALinear
         from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
@@ -307,7 +307,9 @@ __all__ = [
     "LoRALinear",
     "LoRASwitchLinear",
     "QuantizedSwitchLinear",
+    "SwitchGLU",
     "SwitchLinear",
+    "SwitchMLP",
     "TRUST_IT",
     "TextStateMachine",
     "TokenizerWrapper",

@@ -18,7 +18,9 @@ from mlx_adapters.system.door import (
     LoRAEmbedding,
     LoRALinear,
     LoRASwitchLinear,
+    SwitchGLU,
     SwitchLinear,
+    SwitchMLP,
     nn,
 )
 from mlx_adapters.system.machine import on_gpu
@@ -125,7 +127,7 @@ def test_experts_of_any_rank_are_trained_on_cuda_too(rank, each, monkeypatch):
 @pytest.mark.parametrize(("tokens", "each"), [(1, 1), (1, 2), (5, 2)])
 def test_experts_that_are_trained_themselves_take_few_tokens_in_order(tokens, each, monkeypatch):
     """mlx-lm sorts from 64 entries on; MLX 0.32.4 cannot start the gradient of fewer on CUDA."""
-    monkeypatch.setattr(adapted, "on_cuda", lambda: True)
+    monkeypatch.setattr(adapted, "on_gpu", lambda: True)
     made = SwitchLinear(INPUTS, OUTPUTS, EXPERTS, True)
     made.bias = mx.random.normal(made.bias.shape)
     given = made.trainable_parameters() | {"x": mx.random.normal((tokens, 1, 1, INPUTS))}
@@ -228,6 +230,39 @@ def test_a_packed_matrix_may_be_unpacked_for_the_product(bits, group, dtype):
             assert off(ours, theirs) < (
                 1e-5 if dtype == mx.float32 and not on_gpu() else 5e-2
             )  # MLX's CPU sums in 16 bits
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("tokens", [2, 30])
+@pytest.mark.parametrize("kind", [SwitchGLU, SwitchMLP])
+def test_each_of_a_tokens_experts_has_an_input_of_its_own_on_a_gpu(kind, tokens, bits, monkeypatch):
+    """What three experts give back would be scattered to the token in any order, with 64 entries or more and with
+    fewer."""
+    monkeypatch.setattr(adapted, "on_gpu", lambda: True)
+    block = kind(INPUTS, OUTPUTS, 8)
+    if bits is not None:
+        nn.quantize(block, 32, bits)
+    model = nn.Sequential(block)
+    keys = mx.random.split(mx.random.key(0), 3)
+    x, weighed = mx.random.normal((1, tokens, INPUTS), key=keys[0]), mx.random.normal((3, INPUTS), key=keys[1])
+    chosen, seen = mx.argsort(mx.random.uniform(shape=(1, tokens, 8), key=keys[2]))[..., :3], []
+
+    def noting(original, x, indices):
+        seen.append((x.shape, indices.shape))
+        return original(x, indices)
+
+    def loss(x):
+        return (block(x, chosen) * weighed).sum()
+
+    expected = mx.value_and_grad(loss)(x)
+    calls.intercept(block, noting)
+    for each, call in adapted.apart_calls(model):
+        calls.intercept(each, call)
+    value, gradient = mx.value_and_grad(loss)(x)
+    assert seen == [((1, tokens, 3, INPUTS), (1, tokens, 3, 1))]
+    assert off(value, expected[0]) < 1e-4 and off(gradient, expected[1]) < 1e-5
+    monkeypatch.setattr(adapted, "on_gpu", lambda: False)
+    assert adapted.apart_calls(model) == []
 
 
 # -- embeddings -------------------------------------------------------------------------------------------
