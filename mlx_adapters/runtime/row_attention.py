@@ -8,10 +8,10 @@ import contextlib
 import hashlib
 import math
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
-from mlx_adapters.models.quantized_check import largest_error, remembered
+from mlx_adapters.models.quantized_check import largest_error, tried
 from mlx_adapters.surgery.calls import function_call_as
 from mlx_adapters.surgery.padded import PaddedCache, fetched
 from mlx_adapters.system.door import mx
@@ -120,7 +120,7 @@ def attend(q: mx.array, keys: mx.array, values: mx.array, left: mx.array, held: 
     q: (rows, heads, 1, width); keys, values: (rows, groups, places, width); left, held: (rows,) int32.
     """
     rows, heads = q.shape[:2]
-    (out,) = _kernel()(
+    (out,) = _kernel(_built.get(q.dtype, build))(
         inputs=[q, keys, values, left, held, _number(scale)],
         template=[("T", q.dtype), ("K", keys.shape[-1]), ("V", values.shape[-1]), ("WARPS", WARPS)],
         grid=(heads * LANES * WARPS, rows, 1),
@@ -131,9 +131,12 @@ def attend(q: mx.array, keys: mx.array, values: mx.array, left: mx.array, held: 
     return out
 
 
+_built: dict[mx.Dtype, Callable[..., Any]] = {}  # how the kernel is built for each type
+
+
 @cache
-def _kernel() -> Any:
-    return build("attend_rows", INPUTS, ["out"], SOURCE, FEW)
+def _kernel(way: Callable[..., Any]) -> Any:
+    return way("attend_rows", INPUTS, ["out"], SOURCE, FEW)
 
 
 @cache
@@ -145,7 +148,8 @@ def _number(value: float) -> mx.array:
 def is_right(dtype: mx.Dtype, *widths: int) -> bool:
     """Whether this device computes with the kernel what it computes with products; tried once, and remembered."""
     text = hashlib.sha256((SOURCE + FEW).encode()).hexdigest()
-    return remembered(f"attend_rows {text[:16]}, {dtype}, {widths}", lambda: _error(dtype, *widths)) <= MOST_ERROR
+    kind = f"attend_rows {text[:16]}, {dtype}, {widths[0]} and {widths[1]} wide"
+    return tried(kind, _built, dtype, partial(_error, dtype, *widths), MOST_ERROR)
 
 
 def _error(dtype: mx.Dtype, width: int, out_width: int) -> float:
@@ -157,7 +161,7 @@ def _error(dtype: mx.Dtype, width: int, out_width: int) -> float:
         q, k, v = arrays
         out = attend(q, k, v, mx.array(left), mx.array([end - 1 - free for free in left]), 0.3)
         mx.eval(out)
-    except (RuntimeError, ValueError):
+    except (RuntimeError, ValueError, OSError, KeyError):
         return math.inf
     q, k, v = (array.astype(mx.float32) for array in arrays)
     k, v = (mx.repeat(array[:, :, :end], 2, axis=1) for array in (k, v))

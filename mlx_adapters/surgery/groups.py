@@ -8,7 +8,6 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
-from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -138,19 +137,12 @@ def _wanted(
 
 
 class Origins:
-    """Where arrays lie that MLX has not read yet, of those that `mx.load` gave within the block."""
+    """Where arrays lie that MLX has not read yet, of those that `note` was told of (see the door's `noting_loads`)."""
 
     def __init__(self) -> None:
         self._places: dict[int, tuple[weakref.ref, Path, str]] = {}
         self._files: dict[Path, dict[str, StoredTensor]] = {}
         self._versions: dict[Path, Any] = {}
-
-    def __enter__(self) -> "Origins":
-        self._before = _noting.set(self)
-        return self
-
-    def __exit__(self, *raised: object) -> None:
-        _noting.reset(self._before)
 
     def note(self, file: Any, arrays: Any) -> None:
         """`arrays`, by their names, are those of a file."""
@@ -192,21 +184,6 @@ def _are_as_read(arrays: Sequence[mx.array]) -> bool:
 def _version(path: Path) -> Any:
     stat = stat_of(path)
     return stat and (stat.st_ino, stat.st_size, stat.st_mtime_ns)
-
-
-_noting: ContextVar[Origins | None] = ContextVar("noting", default=None)
-_load: Callable[..., Any] = mx.load
-
-
-def _noted_load(file: Any, *arguments: Any, **options: Any) -> Any:
-    """`mx.load`, which `Origins` watches."""
-    arrays = _load(file, *arguments, **options)
-    if (origins := _noting.get()) is not None:
-        origins.note(file, arrays)
-    return arrays
-
-
-mx.load = _noted_load
 
 
 def read_joined(wanted: Mapping[str, Sequence[StoredTensor]]) -> dict[str, mx.array]:
@@ -254,7 +231,7 @@ def _begin_reading() -> None:
 
 def _read(wanted: Mapping[str, Sequence[StoredTensor]]) -> dict[str, mx.array]:
     file = _Joined(wanted)
-    arrays = _load(file, format="safetensors", stream=_here.stream)
+    arrays = mx.load(file, format="safetensors", stream=_here.stream)
     if file.failure is not None:
         raise file.failure
     return arrays

@@ -108,9 +108,30 @@ def _check() -> None:
         )
 
 
+_load: Callable[..., Any] = mx.load
+_noting: ContextVar[Callable[[Any, Any], None] | None] = ContextVar("noting", default=None)
+
+
+def _noted_load(file: Any, *arguments: Any, **options: Any) -> Any:
+    arrays = _load(file, *arguments, **options)
+    if (note := _noting.get()) is not None:
+        note(file, arrays)
+    return arrays
+
+
+@contextlib.contextmanager
+def noting_loads(note: Callable[[Any, Any], None]) -> Iterator[None]:
+    """Within the block, `note(file, arrays)` is told what `mx.load` gives, mlx-lm's own calls of it included."""
+    token = _noting.set(note)
+    try:
+        yield
+    finally:
+        _noting.reset(token)
+
+
 _check()
 raise_open_files()
-mx.cumsum = cumsum
+mx.cumsum, mx.load = cumsum, _noted_load
 chat_template_utils.ImmutableSandboxedEnvironment = Bounded  # the sandbox of chat templates, with limits
 
 
@@ -329,6 +350,7 @@ __all__ = [
     "mixed_quant_predicate_builder",
     "mx",
     "nn",
+    "noting_loads",
     "packed_by",
     "sanitize_of",
     "ssm",

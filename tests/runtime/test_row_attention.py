@@ -4,6 +4,7 @@ import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import KVCache
 
+from mlx_adapters.models import quantized_check
 from mlx_adapters.runtime import row_attention
 from mlx_adapters.surgery.padded import PaddedCache, fetched
 
@@ -77,3 +78,24 @@ def test_nothing_is_kept_alive_by_what_was_given_out():
     assert fetched(k, None) is layer
     del layer
     assert fetched(k, None) is None
+
+
+def test_it_is_built_in_the_first_way_that_computes_right(monkeypatch):
+    def refused(*_):
+        raise OSError("no compiler")
+
+    def wrong(*_):
+        return lambda inputs, **_: [mx.zeros_like(inputs[0])]
+
+    def right(*_):
+        return lambda inputs, **_: [by_products(*inputs)]
+
+    layer, q = rows(3, 7), normal(2, HEADS, 1, WIDTH)
+    monkeypatch.setattr(row_attention, "_built", {})
+    for ways, built in (([refused, wrong], None), ([refused, wrong, right, wrong], right)):
+        monkeypatch.setattr(quantized_check, "ways", lambda ways=ways: ways)
+        row_attention.is_right.cache_clear()
+        assert row_attention.is_right(mx.float32, WIDTH, WIDTH) == (built is not None)
+    row_attention.is_right.cache_clear()
+    given = layer.keys, layer.values, mx.array([4, 0]), mx.array([2, 6]), 0.3
+    assert mx.allclose(row_attention.attend(q, *given), by_products(q, *given), atol=1e-5)
