@@ -1,13 +1,17 @@
 """A model that goes through its blocks one by one, holding the dense weights of one block."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
+from mlx_adapters.assembly.spool import Spool
+from mlx_adapters.assembly.tensors import Assembly
 from mlx_adapters.assembly.weights import BaseWeights, Updates
+from mlx_adapters.config.quantization import Quantization
 from mlx_adapters.models.base import Base
 from mlx_adapters.models.dense import dense_layer
 from mlx_adapters.models.loading import load_module
+from mlx_adapters.rounding.packed import dequantize
 from mlx_adapters.surgery.blocks import Blocks
 from mlx_adapters.system.door import mx, nn
 from mlx_adapters.system.limits import trim_cache
@@ -97,6 +101,19 @@ class BlockwiseModel:
         for part in (self._part(index), *(self.source.layers[path] for path in paths)):
             part.update(tree_map(lambda _: mx.zeros((0,)), part.parameters()))
         trim_cache()
+
+
+def with_rounded(
+    assembly: Assembly, spool: Spool, targets: Mapping[str, Quantization | None], beside: BlockwiseModel
+) -> BlockwiseModel:
+    """The adapter model, with what `spool` holds of it at these precisions."""
+
+    def stored(path: str) -> mx.array | None:
+        packed = spool.get(path, targets.get(path))
+        return None if packed is None else dequantize(packed)
+
+    touched = set(targets) | assembly.updates.paths()
+    return BlockwiseModel(assembly.base, assembly.updates, touched.__contains__, stored, beside)
 
 
 class _Outside:

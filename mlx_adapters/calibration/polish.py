@@ -18,7 +18,7 @@ from mlx import optimizers
 
 from mlx_adapters.assembly.spool import Spool
 from mlx_adapters.assembly.tensors import Assembly
-from mlx_adapters.calibration.blockwise import BlockwiseModel
+from mlx_adapters.calibration.blockwise import BlockwiseModel, with_rounded
 from mlx_adapters.calibration.fidelity import hidden_states
 from mlx_adapters.calibration.texts import batches_of
 from mlx_adapters.config.quantization import Quantization
@@ -177,23 +177,18 @@ def polished(
     """Exchange the layers of `spool` at these precisions for tuned ones. Returns what that brought on one in ASIDE of
     the `rows`, from which they do not learn, in words. Raises ModelError where memory is too
     small for the whole model in float32 and its gradients."""
-    rounded = {path: part for path, target in targets.items() if (part := spool.get(path, target)) is not None}
-    packed = {path: part for path, part in rounded.items() if tunable(part)}
+    rounded = {path: spool.get(path, target) for path, target in targets.items()}
+    packed = {path: part for path, part in rounded.items() if part is not None and tunable(part)}
     if not packed:
         return "No scales to tune: those of experts and of the float modes stay as they are"
     aside = spread(rows, -(-len(rows) // ASIDE))
     rest = [row for row in rows if not any(row is one for one in aside)] or aside
-    touched, updates = set(rounded) | assembly.updates.paths(), assembly.updates
-
-    def stored(path: str) -> mx.array | None:
-        return dequantize(rounded[path]) if path in rounded else None
-
     assembly.close()
     fits = room(assembly.parameters) < 1
     try:
         if fits:
-            exact = BlockwiseModel(assembly.base, updates)
-            model = BlockwiseModel(assembly.base, updates, touched.__contains__, stored, exact)
+            exact = BlockwiseModel(assembly.base, assembly.updates)
+            model = with_rounded(assembly, spool, targets, exact)
             batches = (batches_of(some, assembly.base, TOKENS) for some in (rest, aside))
             packed, before, after = polish(Student(exact, model, packed, *batches), on_event=on_event)
     except RuntimeError as error:

@@ -1,7 +1,6 @@
 """The part of a fuse that reads text: which method and precision, calibration, and the check."""
 
 import time
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -10,7 +9,7 @@ from mlx_adapters.assembly.spool import Spool
 from mlx_adapters.assembly.tensors import Assembly
 from mlx_adapters.assembly.weights import Updates
 from mlx_adapters.assembly.writing import dtype_name
-from mlx_adapters.calibration.blockwise import BlockwiseModel
+from mlx_adapters.calibration.blockwise import BlockwiseModel, with_rounded
 from mlx_adapters.calibration.calibrate import round_layers
 from mlx_adapters.calibration.collecting import FORWARD
 from mlx_adapters.calibration.fidelity import Fidelity, Variants, measured
@@ -221,19 +220,6 @@ class Strategy:
         """The precision of the layers that calibration rounded."""
         return {plan.path: plan.target for plan in self.assembly.plans if (plan.path, plan.target) in spool.losses}
 
-    def _model(
-        self, spool: Spool, targets: Mapping[str, Quantization | None], beside: BlockwiseModel
-    ) -> BlockwiseModel:
-        """The adapter model, with what `spool` holds of it at these precisions."""
-
-        def stored(path: str) -> mx.array | None:
-            packed = spool.get(path, targets.get(path))
-            return None if packed is None else dequantize(packed)
-
-        updates = self.assembly.updates
-        touched = set(targets) | updates.paths()
-        return BlockwiseModel(self.assembly.base, updates, touched.__contains__, stored, beside)
-
     def _judging(self, rows: list[TokenRow]) -> list[TokenRow]:
         return spread(rows, max(JUDGING_ROWS, len(rows) // 10))
 
@@ -254,7 +240,7 @@ class Strategy:
                 return target and dequantize(to_nearest(whole, target, assembly.scale_dtype))
 
             plain = BlockwiseModel(assembly.base, assembly.updates, touched.__contains__, nearest, exact)
-            return exact, self._model(spool, targets, exact), plain
+            return exact, with_rounded(assembly, spool, targets, exact), plain
 
         touched = set(targets) | assembly.updates.paths()
         assembly.close()
@@ -276,7 +262,7 @@ class Strategy:
 
             def variants() -> Variants:
                 exact = BlockwiseModel(assembly.base, assembly.updates)
-                return exact, self._model(spool, chosen, exact), None
+                return exact, with_rounded(assembly, spool, chosen, exact), None
 
             assembly.close()
             return measured(variants, rows, assembly.base).kl_mean

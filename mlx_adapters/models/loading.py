@@ -43,7 +43,6 @@ from mlx_adapters.system.door import (
     load_tokenizer,
     mx,
     nn,
-    noting_loads,
     trusts_remote_code,
 )
 from mlx_adapters.system.limits import files_hint, wire_memory
@@ -79,8 +78,7 @@ def load_model(
     """
     require(dtype in DTYPES, f"dtype must be one of {', '.join(DTYPES)}, not '{dtype}'.")
     together = on_gpu() if together is None else together
-    origins = Origins()
-    with noting_loads(origins.note):
+    with Origins() as origins:
         module, config = load_module(base)
     with refusals(lambda why: ModelError(f"The weights of '{base.name}' cannot be read: {why}.", WHOLE_MODEL)):
         set_precision(module, dtype, dense)

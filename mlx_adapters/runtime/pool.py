@@ -91,7 +91,7 @@ class AdapterPool:
         """
         with self.lock:
             check_fits(adapter, self.layers)
-            kernel.is_right(self.dtype)  # here, since it cannot be tried while something is compiled
+            kernel.is_right(self.dtype)  # here, not in the first answer: building it takes a moment
             before = set(self._sites)
             try:
                 factors = self._factors(adapter, self._install(adapter.config.keys), spent)

@@ -19,7 +19,7 @@ from mlx_adapters.storage.replacing import stat_of
 from mlx_adapters.storage.tensor_files import StoredTensor, frame, stored_tensors
 from mlx_adapters.storage.tensor_names import BIAS, QUANTIZED_LEAVES, join
 from mlx_adapters.surgery.calls import intercept
-from mlx_adapters.system.door import mx, nn
+from mlx_adapters.system.door import loads_noted_by, mx, nn
 from mlx_adapters.system.machine import on_cuda
 
 Arrays = dict[str, mx.array]  # of layers, by their names in a layer
@@ -137,12 +137,19 @@ def _wanted(
 
 
 class Origins:
-    """Where arrays lie that MLX has not read yet, of those that `note` was told of (see the door's `noting_loads`)."""
+    """Where arrays lie that MLX has not read yet, of those that `mx.load` gave within the block."""
 
     def __init__(self) -> None:
         self._places: dict[int, tuple[weakref.ref, Path, str]] = {}
         self._files: dict[Path, dict[str, StoredTensor]] = {}
         self._versions: dict[Path, Any] = {}
+
+    def __enter__(self) -> "Origins":
+        self._before = loads_noted_by.set(self.note)
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        loads_noted_by.reset(self._before)
 
     def note(self, file: Any, arrays: Any) -> None:
         """`arrays`, by their names, are those of a file."""

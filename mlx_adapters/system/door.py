@@ -95,8 +95,7 @@ def _check() -> None:
         generate_step: ("prompt", "max_tokens", "sampler", "logits_processors", "prompt_cache"),
     }
     for function, names in relied_on.items():
-        missing = set(names) - set(inspect.signature(function).parameters)
-        if missing:
+        if missing := set(names) - set(inspect.signature(function).parameters):
             raise ModelError(
                 f"mlx-lm {version('mlx-lm')} changed '{function.__qualname__}': no parameter {sorted(missing)}.",
                 f"install the tested version: 'pip install \"mlx-lm=={TESTED}.2\"'.",
@@ -109,24 +108,14 @@ def _check() -> None:
 
 
 _load: Callable[..., Any] = mx.load
-_noting: ContextVar[Callable[[Any, Any], None] | None] = ContextVar("noting", default=None)
+loads_noted_by: ContextVar[Callable[[Any, Any], None]] = ContextVar("loads_noted_by", default=lambda file, arrays: None)
 
 
 def _noted_load(file: Any, *arguments: Any, **options: Any) -> Any:
+    """`mx.load`, whose arrays are told to `loads_noted_by`; mlx-lm's own calls of it, too."""
     arrays = _load(file, *arguments, **options)
-    if (note := _noting.get()) is not None:
-        note(file, arrays)
+    loads_noted_by.get()(file, arrays)
     return arrays
-
-
-@contextlib.contextmanager
-def noting_loads(note: Callable[[Any, Any], None]) -> Iterator[None]:
-    """Within the block, `note(file, arrays)` is told what `mx.load` gives, mlx-lm's own calls of it included."""
-    token = _noting.set(note)
-    try:
-        yield
-    finally:
-        _noting.reset(token)
 
 
 _check()
@@ -343,6 +332,7 @@ __all__ = [
     "load_config",
     "load_mlx_model",
     "load_tokenizer",
+    "loads_noted_by",
     "logits_shape",
     "make_module",
     "make_prompt_cache",
@@ -350,7 +340,6 @@ __all__ = [
     "mixed_quant_predicate_builder",
     "mx",
     "nn",
-    "noting_loads",
     "packed_by",
     "sanitize_of",
     "ssm",

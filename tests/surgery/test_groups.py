@@ -11,7 +11,6 @@ from mlx.utils import tree_flatten
 from mlx_adapters.models import loading
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.surgery import groups
-from mlx_adapters.system.door import noting_loads
 
 
 def bits_of(module):
@@ -24,8 +23,7 @@ def test_it_holds_what_mlx_lm_reads_and_nothing_is_in_memory_twice(architecture,
     base = resolve_base(tiny_model(architecture, bits=bits))
     expected = loading.load_module(base)[0]
     mx.eval(expected.parameters())
-    origins = groups.Origins()
-    with noting_loads(origins.note):
+    with groups.Origins() as origins:
         module = loading.load_module(base)[0]
     mx.clear_cache()
     mx.reset_peak_memory()
@@ -43,15 +41,13 @@ def test_it_holds_what_mlx_lm_reads_and_nothing_is_in_memory_twice(architecture,
 
 def test_what_was_changed_after_it_was_read_is_not_read_again(tiny_model):
     path = str(next(tiny_model().glob("*.safetensors")))
-    origins = groups.Origins()
-    with noting_loads(origins.note):
+    with groups.Origins() as origins:
         arrays = mx.load(path)
     one, other = arrays["model.layers.0.self_attn.k_proj.weight"], arrays["model.layers.0.self_attn.v_proj.weight"]
     read = groups.read_joined({"both": origins.of([one, other])})["both"]
     assert np.array_equal(np.array(read), np.concatenate([one, other]))  # evaluated by now
     assert not origins.of([one])
-    origins = groups.Origins()
-    with noting_loads(origins.note):
+    with groups.Origins() as origins:
         arrays = mx.load(path)
     other = arrays["model.layers.0.self_attn.v_proj.weight"]
     assert origins.of([other]) and not origins.of([other + 0]) and not origins.of([mx.load(path)["model.norm.weight"]])
@@ -62,8 +58,7 @@ def test_what_was_changed_after_it_was_read_is_not_read_again(tiny_model):
 def test_a_file_that_became_shorter_is_told_of(tiny_model, tmp_path):
     path = tmp_path / "model.safetensors"
     shutil.copy(next(tiny_model().glob("*.safetensors")), path)
-    origins = groups.Origins()
-    with noting_loads(origins.note):
+    with groups.Origins() as origins:
         arrays = mx.load(str(path))
     wanted = {name: origins.of([array]) for name, array in arrays.items()}
     assert all(wanted.values())
@@ -75,8 +70,7 @@ def test_a_file_that_became_shorter_is_told_of(tiny_model, tmp_path):
 def test_a_file_that_is_replaced_meanwhile_is_told_of(tiny_model, tmp_path):
     folder = tmp_path / "base"
     shutil.copytree(tiny_model(), folder)
-    origins = groups.Origins()
-    with noting_loads(origins.note):
+    with groups.Origins() as origins:
         module = loading.load_module(resolve_base(folder))[0]
     path = next(folder.glob("*.safetensors"))
     shutil.copy(path, tmp_path / "other")
