@@ -20,9 +20,12 @@ def talk(command, keys, environment, seconds=60.0):
     while time.monotonic() < until:
         if select.select([main], [], [], 0.3)[0]:
             try:
-                said += os.read(main, 65536)
-            except OSError:  # the program ended
+                more = os.read(main, 65536)
+            except OSError:
+                more = b""
+            if not more:  # the program ended
                 break
+            said += more
             if b"\x1b[6n" in said[-200:]:  # asks where the cursor is
                 os.write(main, b"\x1b[1;1R")
         elif keys and b"base>" in said[since:]:

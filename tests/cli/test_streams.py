@@ -143,10 +143,10 @@ def test_our_own_colors_survive_on_a_terminal(adapters):
         f"from mlx_adapters.cli import _output; _output.error({HOSTILE!r}); _output.out(_output.style('b', bold=True))"
     )
     subprocess.run([sys.executable, "-c", code], stdout=slave, stderr=slave, env=env)
-    os.close(slave)
     shown = b""
     while b"b\x1b[0m" not in shown[-12:]:
         shown += os.read(master, 4096)
+    os.close(slave)  # not before: macOS forgets what nobody has read
     os.close(master)
     assert b"\x1b[31mError: \x1b[0mred over2Jab" in shown and b"\x1b[2J" not in shown
     assert b"\x1b[1mb\x1b[0m" in shown
