@@ -12,7 +12,7 @@ from mlx_adapters.assembly.weights import Updates
 from mlx_adapters.assembly.writing import dtype_name
 from mlx_adapters.calibration.blockwise import BlockwiseModel
 from mlx_adapters.calibration.collecting import Collector
-from mlx_adapters.calibration.moments import EXPERTS_SHARE, ExpertMoments, Moments, mix
+from mlx_adapters.calibration.moments import EXPERTS_SHARE, ExpertMoments, Moments, doubted, mix
 from mlx_adapters.config.quantization import Quantization
 from mlx_adapters.data.batches import TokenBatch
 from mlx_adapters.errors import FormatError
@@ -204,9 +204,10 @@ class _Layer:
         moments, weight = self.seen, self.weight
         _refuse_not_finite(moments)
         assert moments.plain is not None and moments.fisher is not None
-        hessian, outputs = _for(engine, mix(moments.plain, moments.fisher)), _for(engine, moments.outputs)
-        # Few tokens know little of how outputs are felt together.
         tokens = max(int(moments.tokens), 1)
+        hessian = _for(engine, doubted(mix(moments.plain, moments.fisher), tokens))
+        outputs = _for(engine, moments.outputs)
+        # Few tokens know little of how outputs are felt together.
         damping = OUTPUT_DAMPING + weight.shape[0] / tokens
         felt = _mean_diagonal(moments.fisher) if moments.felt is None else moments.felt
         unit = weight.size * felt.item()

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mlx_adapters.rounding.grids import identity_of
 from mlx_adapters.storage.tensor_files import as_numpy
 from mlx_adapters.system.door import mx
 from mlx_adapters.system.machine import on_gpu
 
 FISHER_SHARE, EXPERTS_SHARE = 0.9, 0.7
 FISHER_POWER = 0.75  # of |g|²: under the whole of it a few tokens decide, and others' rows have other ones
+CHANCE = 0.3  # of an input's mean square, times inputs per token
 MOST_OUTPUTS = 16384  # a vocabulary's would not fit
 SHRINKAGE = 0.125  # tokens of the whole layer for each input of an expert
 SMALL = 1 << 27  # bytes
@@ -87,6 +89,16 @@ def mix(plain: mx.array, fisher: mx.array, share: float = FISHER_SHARE) -> mx.ar
         t = mx.diagonal(matrix, axis1=-2, axis2=-1).sum(axis=-1)[..., None, None]
         total = total + mx.where(t > 0, weight / mx.where(t > 0, t, 1), 0) * matrix
     return total
+
+
+def doubted(hessian: mx.array, tokens: int) -> mx.array:
+    """`hessian` (in, in) of so many tokens, its diagonal raised by the share CHANCE · in / tokens.
+
+    What few tokens' inputs have to do with each other is chance in part, and rounding would rely on it; how large each
+    of them is, is known sooner. (To raise all alike would drown those that are small in most trained models.)
+    """
+    share = CHANCE * hessian.shape[-1] / max(tokens, 1)
+    return hessian * (1 + share * identity_of(hessian.shape[-1], mx))
 
 
 @dataclass(frozen=True)

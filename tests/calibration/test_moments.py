@@ -16,11 +16,13 @@ from mlx_adapters.calibration import calibrate, fidelity, moments, texts
 from mlx_adapters.calibration.blockwise import BlockwiseModel
 from mlx_adapters.calibration.collecting import Collector
 from mlx_adapters.calibration.fidelity import measure_fidelity
-from mlx_adapters.calibration.moments import ExpertMoments, Seen, mix
+from mlx_adapters.calibration.moments import CHANCE, ExpertMoments, Seen, doubted, gram, mix
 from mlx_adapters.config.fusing import FuseOptions
+from mlx_adapters.config.quantization import Quantization
 from mlx_adapters.data.batches import make_batches
 from mlx_adapters.errors import FormatError, ModelError
 from mlx_adapters.fusion.fuse import fuse
+from mlx_adapters.rounding.feedback import calibrated
 from mlx_adapters.rounding.packed import dequantize
 from mlx_adapters.rounding.workers import Task
 from mlx_adapters.sources.bases import resolve_base
@@ -310,3 +312,24 @@ def test_half_of_a_wide_product_is_computed_and_mirrored(monkeypatch, width):
     found = np.array(moments.gram(rows))
     np.testing.assert_allclose(found, np.array(rows).T @ np.array(rows), rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(found, found.T)
+
+
+def test_what_few_inputs_have_to_do_with_each_other_is_doubted():
+    width, few = 128, 96
+    random = np.random.default_rng(3)
+    mixing = np.exp(random.standard_normal((width, 1))) * (np.eye(width) + 0.1 * random.standard_normal((width, width)))
+    told, kept = (mx.array((random.standard_normal((n, width)) @ mixing).astype(np.float32)) for n in (few, 4096))
+    plain, true = gram(told) / few, np.array(gram(kept) / 4096)
+    raised = doubted(plain, few)
+    own = np.eye(width) > 0
+    np.testing.assert_allclose(np.array(raised)[~own], np.array(plain)[~own], rtol=1e-6)
+    np.testing.assert_allclose(np.array(raised)[own], (1 + CHANCE * width / few) * np.array(plain)[own], rtol=1e-5)
+    assert mx.allclose(doubted(plain, 1 << 24), plain, rtol=1e-4)
+    weight = mx.array(random.standard_normal((64, width)).astype(np.float32))
+
+    def error(hessian):
+        packed, _ = calibrated(weight, np.array(hessian), Quantization(4, 64), mx.float32)
+        missing = np.array(weight - dequantize(packed))
+        return np.vdot(missing @ true, missing)
+
+    assert error(raised) < 0.95 * error(plain)
