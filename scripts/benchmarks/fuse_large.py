@@ -3,13 +3,15 @@
     python scripts/benchmarks/fuse_large.py --blocks 32                    # a whole 7B llama's shape, random weights
     python scripts/benchmarks/fuse_large.py --shape 30b-a3b --blocks 4 --apart      # blocks of a mixture of 128 experts
     python scripts/benchmarks/fuse_large.py --blocks 4 --methods calibrated gptq mlx_lm.fuse nearest   # beside mlx-lm's
+    python scripts/benchmarks/fuse_large.py --shape small --blocks 2 --rows 5 --methods calibrated gptq    # on a CPU
     python scripts/benchmarks/fuse_large.py --tiny                         # the same way in seconds, to try it
 
 The model is quantized to 4 bits (group 64) and gets a random rank-8 adapter on all linear layers and experts; the text
 is the one that the package carries. `mlx_lm.fuse` is the command, `gptq` is mlx_lm.gptq's function on the fused model,
 on the same rows, without the time that it takes to fuse and load that; KL is measured alike for all. A line of JSON for
 each method and at last a table, in which the whole model (a 7B llama has 32 blocks, Qwen3-30B-A3B 48) is extrapolated
-where it did not run: all seconds as if blocks took them. `--apart` fuses a model of one block twice before, which tells
+where it did not run: all seconds as if blocks took them. `small` has about the 7B's tokens for each input of a layer if
+it is calibrated on 5 rows. `--apart` fuses a model of one block twice before, which tells
 what a process does once and what a fuse does once from what a block takes.
 """
 
@@ -67,8 +69,9 @@ MIXTURE = {
     "vocab_size": 151936,
     "max_position_embeddings": 4096,
 }
-SHAPES = {"7b": SEVEN, "30b-a3b": MIXTURE}
-WHOLE = {"7b": 32, "30b-a3b": 48}  # blocks
+SMALL = SEVEN | {"hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 4, "num_key_value_heads": 4}
+SHAPES = {"7b": SEVEN, "30b-a3b": MIXTURE, "small": SMALL}
+WHOLE = {"7b": 32, "30b-a3b": 48, "small": 2}  # blocks
 
 
 def build(folder: Path, config: dict, dtype: mx.Dtype) -> None:
