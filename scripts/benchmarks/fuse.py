@@ -198,12 +198,14 @@ class Bench:
         return "mlx_lm_fuse", {"base": self.base, "adapter": self.adapter, **options}
 
     def our_sizes(self, precision="keep", scored=False):
-        """Calibrated at the size of the first row, and with more bits."""
-        options = {"precision": precision, **self.calibrated}
-        self.way("ours, calibrated", self.our(method="calibrated", **options), scored=scored)
-        for more in self.arguments.more_bits:
-            step = self.our(budget_bits=self.same_bits + more, **options)
-            self.way(f"ours, at most {more:g} bits more", step, scored=scored)
+        """Calibrated at the size of the first row, and with more bits; then with scales tuned, if that is asked for."""
+        for tuned in (False, True) if self.arguments.thorough else (False,):
+            options = {"precision": precision, **self.calibrated, **({"thorough": True} if tuned else {})}
+            name = ", --thorough" * tuned
+            self.way(f"ours, calibrated{name}", self.our(method="calibrated", **options), scored=scored)
+            for more in self.arguments.more_bits:
+                step = self.our(budget_bits=self.same_bits + more, **options)
+                self.way(f"ours, at most {more:g} bits more{name}", step, scored=scored)
 
     def eight_bits(self, scored=False):
         """Both methods at 8 bits."""
@@ -383,6 +385,7 @@ def parse():
     parser.add_argument("--check-rows", type=int, default=64)
     parser.add_argument("--questions", type=int, default=40, help="test questions to score; 0: none")
     parser.add_argument("--more-bits", nargs="*", type=float, default=[0.1, 0.3])
+    parser.add_argument("--thorough", action="store_true", help="also with scales tuned: minutes each on a CPU")
     parser.add_argument("--detours", nargs="*", default=["convert", "gptq", "dwq", "awq"])
     parser.add_argument("--awq-rows", type=int, default=32, help="awq's search takes hours on all rows on a CPU")
     parser.add_argument("--limit", type=float, help="stop a way after so many seconds [never]")
