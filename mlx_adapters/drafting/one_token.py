@@ -43,7 +43,7 @@ class _Beside:
 
     def __init__(self, layer: int, cached: Pair, recent: Pair, counts: mx.array) -> None:
         self.layer, self.cached, self.recent, self.counts = layer, cached, recent, counts
-        self.offset = counts[0:1] + counts[1:2]  # as a batch of one row has it
+        self.offset = (counts[:-1] + counts[1:])[:1]  # as a batch of one row has it
         self.new: Pair | None = None
         self.attended = False
 
@@ -165,14 +165,16 @@ class OneToken:
         if self._kept.right is None:
             expected = self.module(tokens, cache=[copy.copy(layer) for layer in cache])
         arrays = [array for layer in cache for array in (layer.keys, layer.values)]
-        counts = mx.array([cache[0].offset, self._beside], mx.int32)
-        logits, *following = self._step()(tokens, counts, *self._recent, *arrays)
+        logits, *following = self._step()(tokens, self._counts(cache[0].offset), *self._recent, *arrays)
         if expected is not None:
             self._kept.right = _near(logits, expected)
             if not self._kept.right:
                 raise _Unsuited
         self._recent, self._beside = following, self._beside + 1
         return logits
+
+    def _counts(self, cached: int) -> mx.array:
+        return mx.array([cached, self._beside], mx.int32)
 
     def _step(self) -> Callable[..., Any]:
         step = self._compiled()

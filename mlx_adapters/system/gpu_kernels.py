@@ -121,10 +121,10 @@ C_TYPES = {
 
 
 def build_quickly(
-    name: str, inputs: Sequence[str], outputs: Sequence[str], source: str, header: str
+    name: str, inputs: Sequence[str], outputs: Sequence[str], source: str, header: str, cluster: int = 1
 ) -> Callable[..., list[mx.array]]:
     """`build`, on CUDA, of a text that needs none of MLX's headers. Raises OSError where MLX's compiler is not found,
-    and, when it is first called, RuntimeError for a text that it refuses."""
+    and, when it is first called, RuntimeError for a text that it refuses. `cluster`: so many blocks run together."""
     compiler, shaped = _compiler(), [i for i, given in enumerate(inputs) if f"{given}_shape" in source]
     compiled: dict[tuple, tuple[str, bytes]] = {}
 
@@ -141,7 +141,7 @@ def build_quickly(
             ]
         lines = "\n".join(constants)
         return _machine_code(
-            compiler, name, f"{PRELUDE}{header}@NAME@({', '.join(arguments)}) {{\n{lines}\n{source}\n}}\n"
+            compiler, name, f"{PRELUDE}{header}@NAME@({', '.join(arguments)}) {{\n{lines}\n{source}\n}}\n", cluster
         )
 
     def call(
@@ -186,10 +186,11 @@ def _compiler() -> Any:
     return ctypes.CDLL(found[0])
 
 
-def _machine_code(compiler: Any, name: str, body: str) -> tuple[str, bytes]:
+def _machine_code(compiler: Any, name: str, body: str, cluster: int) -> tuple[str, bytes]:
     """(the function's name, its machine code)."""
     own = f"{name}_{hashlib.sha256(body.encode()).hexdigest()[:16]}"
-    text = body.replace("@NAME@", f'extern "C" __global__ void {own}')
+    together = f"__cluster_dims__({cluster}, 1, 1) " if cluster > 1 else ""
+    text = body.replace("@NAME@", f'extern "C" __global__ void {together}{own}')
     program, size = ctypes.c_void_p(), ctypes.c_size_t()
     device = mx.device_info()
     chip = f"{device['compute_capability_major']}{device['compute_capability_minor']}"

@@ -3,13 +3,15 @@
 Random weights of a given shape, one adapter of rank 8 on every linear layer of every block. A fused model's matrices
 are the base's, so that "base, one token" is the fused model as this package runs it, and "groups, one token" an adapter
 as it runs it; "base" and "mlx-lm" are mlx-lm's loop on both. Variants take turns, so that a noisy machine hits all
-alike, and the order turns round with each round. A round's ratio is of its own fused model; the median of rounds
-counts, from the least to the greatest in brackets.
+alike, and the order turns round with each round. A round's ratio is of its own fused model, with the same attention if
+that is measured; the median of rounds counts, from the least to the greatest in brackets.
 
 A token takes the longer of two times: the host's, to hand all operations over, and the GPU's, to do them. `--gpu`
 measures the GPU's alone, by its own clock, with all of a token handed over before it begins.
 
     python scripts/benchmarks/decode.py --shapes 4b --batches 1 --only "base, one token" "groups, one token" [--gpu]
+    python scripts/benchmarks/decode.py --shapes 4b --batches 1 --gpu --only "base, one token" "groups, one token" \\
+        "base, one token by clusters" "groups, apart, one token by clusters still"     # ways of decode_ways.py
     python scripts/benchmarks/decode.py --shapes 8b 0.5b --batches 1 16 --json decode.json
     python scripts/benchmarks/decode.py --shapes 135m --bits 0 --dtype float32 --tokens 4 --rounds 20    # a CPU
 """
@@ -32,6 +34,7 @@ import mlx_adapters  # noqa: F401  (before mlx: it sees to a fast BLAS)
 # isort: split
 import mlx.core as mx
 import mlx.nn as nn
+from decode_ways import WAYS, Apart, Still, attending
 from mlx_lm.models import llama, qwen2, qwen3
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tuner.lora import LoRALinear
@@ -223,6 +226,7 @@ VARIANTS = {
     "groups compiled": (ForAll, dict(group=True)),
     "groups, one token": (ForAll, dict(group=True)),
     "groups, two kernels, one token": (After, dict(group=True)),
+    "groups, apart, one token": (Apart, dict(group=True)),
     "groups padded": (Padded, dict(group=True)),
     "groups addmm": (Added, dict(group=True)),
     "groups gather": (Gathered, dict(group=True)),
@@ -267,7 +271,7 @@ def attach_mlx_lm(model, adapter):
 
 def prepare(variant, model, adapters):
     """Attach; give (context for decoding, notes)."""
-    if variant in ("base", "base, one token"):
+    if variant == "base" or variant.startswith(FUSED):
         return contextlib.nullcontext, {}
     if variant == "base compiled":
         compile_parts(model)
@@ -279,7 +283,7 @@ def prepare(variant, model, adapters):
         attach_mlx_lm(model, adapters[0])
         return contextlib.nullcontext, {}
     name, _, mixed = variant.partition("/")
-    kind, options = VARIANTS.get(name, (ForAll, {}))
+    kind, options = VARIANTS.get("".join(name.partition("one token")[:2]), (ForAll, {}))
     pool, start = AdapterPool(model, **options), time.perf_counter()
     entries = [pool.add(str(i), adapter) for i, adapter in enumerate(adapters)]
     notes = {"attach_seconds": time.perf_counter() - start, "adapter_bytes": entries[0].nbytes}
@@ -296,9 +300,20 @@ def prepare(variant, model, adapters):
     return (lambda: pool.routed(rows)) if mixed else contextlib.nullcontext, notes
 
 
+# Which variants may be one compiled step, and what follows "one token" in a name: the step's attention.
+STEPS = ("base", "groups", "groups, two kernels", "groups, apart")
+ATTENTION = [f"{way} {still}".strip() for still in ("", "still") for way in WAYS]
+
+
 def called(variant, model):
     """What is called with tokens: the model, or for one token after another its compiled step."""
-    return OneToken(model, after=0) if variant.endswith("one token") else model
+    _, is_step, way = variant.partition("one token")
+    return (Still if way.endswith("still") else OneToken)(model, after=0) if is_step else model
+
+
+def attention_of(variant):
+    """Steps of this variant are made in its block."""
+    return attending(variant.partition("one token")[2].removesuffix("still").strip())
 
 
 def decode(variant, model, batch, tokens, clock, before=16, gpu=False):
@@ -365,7 +380,8 @@ def run(shape, batch, options, clock):
         else ["base", "mlx-lm", "ours", f"ours/{batch}"]
     )
     ready, results, reference = {}, {}, None
-    for name in [n for n in names if n in (options.only or names)]:
+    steps = [f"{step}, one token {way}" for way in ATTENTION if way for step in STEPS] if batch == 1 else []
+    for name in [n for n in [*names, *steps] if n in (options.only or names)]:
         model = structure(shape, options.bits, dtype)
         model.update(first.parameters())
         try:
@@ -373,7 +389,9 @@ def run(shape, batch, options, clock):
             with context():
                 computed = logits(model, batch)[0]
                 mx.eval(computed)
-                decode(name, model, batch, 4, clock, options.before, options.gpu)
+                with attention_of(name) as off:
+                    notes["attention_off"] = off
+                    decode(name, model, batch, 4, clock, options.before, options.gpu)
                 for tokens in options.prefill:
                     prefill(name, model, batch, tokens, clock)
         except Exception as failure:
@@ -406,17 +424,18 @@ def show(shape, batch, options, results, seconds):
         f"tokens, rounds of {options.tokens}, {mx.default_device()}{', its own time' if options.gpu else ''}, "
         f"{seconds:.0f} s"
     )
-    print(f"{'variant':31}{'ms a token':>11}{'tok/s':>8}   of {fused!r:24}{'error':>9}{'switch ms':>10}{'attach s':>9}")
+    print(f"{'variant':44}{'ms a token':>11}{'tok/s':>8}   of {fused!r:24}{'error':>9}{'switch ms':>10}{'attach s':>9}")
     for name, result in results.items():
         means = [statistics.mean(steps) for steps in result["rounds"]]
+        alike = FUSED + name.partition("one token")[2]  # with the same attention
         if not means or not results.get(fused, {}).get("rounds"):
             continue
-        pairs = zip(results[fused]["rounds"], means, strict=True)
+        pairs = zip(results[alike if alike in results else fused]["rounds"], means, strict=True)
         ratios = sorted(statistics.mean(steps) / own for steps, own in pairs)
         result["seconds"], result["of_fused"] = statistics.median(means), statistics.median(ratios)
         figures = f"{result['of_fused']:.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})"
         print(
-            f"{name:31}{1e3 * result['seconds']:11.3f}{batch / result['seconds']:8.1f}   {figures:27}"
+            f"{name:44}{1e3 * result['seconds']:11.3f}{batch / result['seconds']:8.1f}   {figures:27}"
             f"{result.get('error', 0):9.1e}{result.get('switch_ms', 0):10.2f}{result.get('attach_seconds', 0):9.2f}",
             flush=True,
         )

@@ -1,0 +1,301 @@
+"""Kernels that one token could be computed by, for decode.py to measure beside those that are in.
+
+Attention (`attending`): "by clusters", of blocks that share out the tokens of heads with the same keys; "by 32 warps",
+the kernel that is in with twice its warps. `Still`: no kernel of a step reads what the host writes; MLX keeps arrays of
+up to 8 bytes in pages that move when the host writes to one of them. `Apart`: an adapter's a x beside the base's
+product, then b z, in place of both after it.
+"""
+
+import contextlib
+from functools import cache
+
+from mlx_adapters.drafting import attention
+from mlx_adapters.drafting.attention import INPUTS, RECENT
+from mlx_adapters.drafting.one_token import OneToken
+from mlx_adapters.runtime.additions import ForAll, split
+from mlx_adapters.system.door import mx
+from mlx_adapters.system.gpu_kernels import FEW, build_quickly
+
+SPLITS, WARPS = 8, 8
+ROOM = (8192 + RECENT) // SPLITS + 1  # tokens of a block, at most
+CLUSTER = """
+__device__ inline float remote(const float* mine, int rank) {
+  unsigned own = (unsigned) __cvta_generic_to_shared(mine), at;
+  float v;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"(own), "r"(rank));
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(at));
+  return v;
+}
+__device__ inline void wait_for_cluster() {
+  asm volatile("barrier.cluster.arrive.aligned;\\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+"""
+# A cluster for the heads that share keys; each of its blocks has some of the tokens. Of a token LK lanes take 16 bytes
+# each: scores first, then their exponentials, then values, of which the first are under way from the beginning.
+SPLIT = """
+constexpr int N = 16 / sizeof(T), LK = K / N, LV = V / N, AT_ONCE = 32 / LK, SUBS = 32 * WARPS / LV, AHEAD = 2;
+const int me = threadIdx.x, lane = me % 32, warp = me / 32, rank = blockIdx.x % SPLITS, group = blockIdx.x / SPLITS;
+const int room = keys_shape[2], cached = counts[0], length = cached + counts[1] + 1;
+const int share = (length + SPLITS - 1) / SPLITS, begin = min(rank * share, length), mine = min(share, length - begin);
+const size_t recent = ((size_t) layer[0] * keys_shape[1] + group) * RECENT;
+auto at = [&](const T* old, const T* beside, const T* last, int token, int width) {
+  return token < cached ? old + ((size_t) group * room + token) * width
+    : token < length - 1 ? beside + (recent + token - cached) * width : last + (size_t) group * width;
+};
+__shared__ float scores[SHARED][ROOM];
+__shared__ float parts[WARPS][SHARED * V];
+__shared__ float whole[SHARED * V];
+__shared__ float tops[SHARED];
+__shared__ float totals[SHARED];
+const int sub = me / LV, column = me % LV * N;
+Few<T, N> ahead[AHEAD];
+#pragma unroll
+for (int j = 0; j < AHEAD; ++j)
+  if (sub + j * SUBS < mine)
+    ahead[j] = *(const Few<T, N>*) (at(values, recent_values, new_values, begin + sub + j * SUBS, V) + column);
+float own[SHARED][N];
+#pragma unroll
+for (int h = 0; h < SHARED; ++h) {
+  const Few<T, N> few = *(const Few<T, N>*) (q + (size_t) (group * SHARED + h) * K + lane % LK * N);
+  #pragma unroll
+  for (int i = 0; i < N; ++i) own[h][i] = (float) few.v[i] * scale[0];
+}
+#pragma unroll 2
+for (int first = warp * AT_ONCE; first < mine; first += WARPS * AT_ONCE) {
+  const int token = first + lane / LK;
+  float dots[SHARED];
+  #pragma unroll
+  for (int h = 0; h < SHARED; ++h) dots[h] = 0.0f;
+  if (token < mine) {
+    const Few<T, N> k = *(const Few<T, N>*) (at(keys, recent_keys, new_keys, begin + token, K) + lane % LK * N);
+    #pragma unroll
+    for (int h = 0; h < SHARED; ++h) {
+      #pragma unroll
+      for (int i = 0; i < N; ++i) dots[h] += own[h][i] * (float) k.v[i];
+    }
+  }
+  #pragma unroll
+  for (int d = LK / 2; d; d >>= 1) {
+    #pragma unroll
+    for (int h = 0; h < SHARED; ++h) dots[h] += __shfl_xor_sync(0xffffffff, dots[h], d);
+  }
+  if (lane % LK == 0 && token < mine) {
+    #pragma unroll
+    for (int h = 0; h < SHARED; ++h) scores[h][token] = dots[h];
+  }
+}
+__syncthreads();
+#pragma unroll 1
+for (int h = warp; h < SHARED; h += WARPS) {
+  float top = -INFINITY, total = 0.0f;
+  #pragma unroll 1
+  for (int t = lane; t < mine; t += 32) top = fmaxf(top, scores[h][t]);
+  for (int d = 16; d; d >>= 1) top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, d));
+  #pragma unroll 1
+  for (int t = lane; t < mine; t += 32) total += scores[h][t] = expf(scores[h][t] - top);
+  for (int d = 16; d; d >>= 1) total += __shfl_xor_sync(0xffffffff, total, d);
+  if (lane == 0) {
+    tops[h] = top;
+    totals[h] = total;
+  }
+}
+__syncthreads();
+float sum[SHARED][N];
+#pragma unroll
+for (int h = 0; h < SHARED; ++h) {
+  #pragma unroll
+  for (int i = 0; i < N; ++i) sum[h][i] = 0.0f;
+}
+auto add = [&](const Few<T, N>& v, int t) {
+  #pragma unroll
+  for (int h = 0; h < SHARED; ++h) {
+    const float weight = scores[h][t];
+    #pragma unroll
+    for (int i = 0; i < N; ++i) sum[h][i] += weight * (float) v.v[i];
+  }
+};
+#pragma unroll
+for (int j = 0; j < AHEAD; ++j)
+  if (sub + j * SUBS < mine) add(ahead[j], sub + j * SUBS);
+#pragma unroll 2
+for (int t = sub + AHEAD * SUBS; t < mine; t += SUBS)
+  add(*(const Few<T, N>*) (at(values, recent_values, new_values, begin + t, V) + column), t);
+#pragma unroll
+for (int h = 0; h < SHARED; ++h) {
+  #pragma unroll
+  for (int i = 0; i < N; ++i) {
+    float v = sum[h][i];
+    for (int d = LV; d < 32; d <<= 1) v += __shfl_xor_sync(0xffffffff, v, d);
+    if (lane < LV) parts[warp][h * V + column + i] = v;
+  }
+}
+__syncthreads();
+#pragma unroll 1
+for (int i = me; i < SHARED * V; i += 32 * WARPS) {
+  float v = 0.0f;
+  #pragma unroll
+  for (int w = 0; w < WARPS; ++w) v += parts[w][i];
+  whole[i] = v;
+}
+wait_for_cluster();
+constexpr int OWN = SHARED * V / SPLITS;
+#pragma unroll 1
+for (int i = rank * OWN + me; i < (rank + 1) * OWN; i += 32 * WARPS) {
+  float top = -INFINITY, total = 0.0f, v = 0.0f, its[SPLITS];
+  #pragma unroll
+  for (int r = 0; r < SPLITS; ++r) top = fmaxf(top, its[r] = remote(&tops[i / V], r));
+  #pragma unroll
+  for (int r = 0; r < SPLITS; ++r) {
+    const float weight = its[r] == -INFINITY ? 0.0f : expf(its[r] - top);
+    total += weight * remote(&totals[i / V], r);
+    v += weight * remote(&whole[i], r);
+  }
+  out[(size_t) group * SHARED * V + i] = (T) (v / total);
+}
+wait_for_cluster();
+"""
+
+# A block for each row of a, of all layers on x.
+LOW = """
+constexpr int N = 16 / sizeof(T);
+const int in = x_shape[x_ndim - 1], me = threadIdx.x;
+const T* row = a + (size_t) blockIdx.x * in;
+float sum = 0.0f;
+for (int k = me * N; k < in; k += THREADS * N) {
+  const Few<T, N> xs = *(const Few<T, N>*) (x + k), as = *(const Few<T, N>*) (row + k);
+  #pragma unroll
+  for (int i = 0; i < N; ++i) sum += (float) xs.v[i] * (float) as.v[i];
+}
+for (int d = 16; d; d >>= 1) sum += __shfl_xor_sync(0xffffffff, sum, d);
+__shared__ float sums[THREADS / 32];
+if (me % 32 == 0) sums[me / 32] = sum;
+__syncthreads();
+if (me == 0) {
+  for (int w = 1; w < THREADS / 32; ++w) sum += sums[w];
+  z[blockIdx.x] = sum;
+}
+"""
+# A thread for each column of all layers.
+LIFT = """
+const int column = blockIdx.x * THREADS + threadIdx.x, width = y_shape[y_ndim - 1];
+if (column < width) {
+  int part = 0;
+  while (part < PARTS - 1 && column >= bounds[part + 1]) ++part;
+  float v = (float) y[column];
+  #pragma unroll
+  for (int j = 0; j < R; ++j) v += (float) b[(size_t) column * R + j] * z[part * R + j];
+  out[column] = (T) v;
+}
+"""
+
+
+@cache
+def _attend_split():
+    return build_quickly("attend_split", INPUTS, ["out"], SPLIT, FEW + CLUSTER, SPLITS)
+
+
+def by_clusters(q, cached, recent, layer, new, counts, scale):
+    """`attention.attend` by clusters. Shapes as there."""
+    heads, groups = q.shape[1], cached[0].shape[1]
+    sizes = {"K": q.shape[-1], "V": cached[1].shape[-1], "SHARED": heads // groups, "RECENT": RECENT}
+    (out,) = _attend_split()(
+        inputs=[q, *cached, *recent, *new, counts, *constants(scale, layer)],
+        template=[("T", q.dtype), *sizes.items(), ("WARPS", WARPS), ("SPLITS", SPLITS), ("ROOM", ROOM)],
+        grid=(groups * SPLITS * WARPS * 32, 1, 1),
+        threadgroup=(WARPS * 32, 1, 1),
+        output_shapes=[(*q.shape[:3], sizes["V"])],
+        output_dtypes=[q.dtype],
+    )
+    return out
+
+
+def by_warps(*given, warps=32):
+    """`attention.attend` as it is in, with so many warps."""
+    before, attention.WARPS = attention.WARPS, warps
+    try:
+        return IN(*given)
+    finally:
+        attention.WARPS = before
+
+
+IN = attention._by_kernel
+WAYS = {"": IN, "by clusters": by_clusters, "by 32 warps": by_warps}
+
+
+@cache
+def constants(scale, layer):
+    """(scale, layer), each the first of some numbers that the GPU itself has written."""
+    made = mx.full((16,), scale, mx.float32), mx.full((16,), layer, mx.int32)
+    mx.eval(made)
+    return made
+
+
+@contextlib.contextmanager
+def attending(way):
+    """Within the block steps are traced with attention by this one of `WAYS`; gives how far it is off."""
+    attention._by_kernel = WAYS[way]
+    try:
+        yield attention._error(mx.bfloat16, (128, 128)) if way else 0.0
+    finally:
+        attention._by_kernel = IN
+
+
+class Still(OneToken):
+    """Its counts are made by the GPU, of what is handed to a kernel with its call."""
+
+    def _counts(self, cached):
+        step = self._beside - cached
+        return mx.arange(cached, cached + 16 * step, step, dtype=mx.int32) if step else super()._counts(cached)
+
+
+class Apart(ForAll):
+    """One token's update in two kernels, of which the first does not wait for the product."""
+
+    def of_token(self, product, x, widths):
+        if self.factors.gain is not None:
+            return super().of_token(product, x, widths)
+        bounds, z = _bounds(tuple(widths)), low(x, self.kernel_a)
+        return split(lift(product(x), z, self.kernel_b, bounds), widths)
+
+
+@cache
+def _bounds(widths):
+    made = mx.array([sum(widths[:i]) for i in range(len(widths) + 1)], mx.int32)
+    mx.eval(made)
+    return made
+
+
+@cache
+def _kernel(name):
+    inputs, outputs, source = {"low": (["x", "a"], ["z"], LOW), "lift": (["y", "z", "b", "bounds"], ["out"], LIFT)}[
+        name
+    ]
+    return build_quickly(name, inputs, outputs, source, FEW)
+
+
+def low(x, a, threads=128):
+    """(layers * r,) float32: a x of one token x (..., in), by a (1, layers, r, in)."""
+    rows = a.shape[1] * a.shape[2]
+    (z,) = _kernel("low")(
+        inputs=[x, a],
+        template=[("T", x.dtype), ("THREADS", threads)],
+        grid=(rows * threads, 1, 1),
+        threadgroup=(threads, 1, 1),
+        output_shapes=[(rows,)],
+        output_dtypes=[mx.float32],
+    )
+    return z
+
+
+def lift(y, z, b, bounds, threads=256):
+    """y + b z of one token y (..., width), by b (1, width, r)."""
+    blocks = -(-y.shape[-1] // threads)
+    (out,) = _kernel("lift")(
+        inputs=[y, z, b, bounds],
+        template=[("T", y.dtype), ("R", b.shape[-1]), ("PARTS", bounds.size - 1), ("THREADS", threads)],
+        grid=(blocks * threads, 1, 1),
+        threadgroup=(threads, 1, 1),
+        output_shapes=[y.shape],
+        output_dtypes=[y.dtype],
+    )
+    return out
