@@ -255,16 +255,18 @@ def packing_is_exact(module: nn.Module, separate: Batch, packed: Batch) -> bool:
 
 
 def settle_recomputing(train_step: TrainStep, probe: Batch) -> bool:
-    """Whether what is computed again gives the gradient that kept arrays give. Feed-forward parts of which that does
-    not hold are left as they are. What cannot be differentiated at all shows here."""
+    """Whether what is computed again gives the gradient that kept arrays give. Parts of which that does not hold,
+    attention first, are left as they are. What cannot be differentiated at all shows here."""
     kept = train_step.gradient_of(probe, None)
 
     def exact(again: Again) -> bool:
         gradients = train_step.gradient_of(probe, again, in_float32=False)
         return all(_near(gradients[name], gradient) for name, gradient in kept.items())
 
-    if train_step.feed_forwards and not exact("mlp" if train_step.memory.again == "mlp" else "nothing"):
-        train_step.feed_forwards = []
+    for parts in (train_step.parts, [part for part in train_step.parts if not part.attends], []):
+        train_step.parts = parts
+        if not parts or exact("mlp" if train_step.memory.again == "mlp" else "nothing"):
+            break
     return train_step.memory.again != "blocks" or exact("blocks")
 
 

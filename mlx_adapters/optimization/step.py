@@ -27,7 +27,7 @@ from mlx_adapters.optimization.through_rounding import Rounding
 from mlx_adapters.storage.tensor_names import block_index
 from mlx_adapters.surgery import calls
 from mlx_adapters.surgery.blocks import evaluate_in_order, noting_outputs
-from mlx_adapters.surgery.recomputation import Again, FeedForward, computed_again, find_feed_forwards
+from mlx_adapters.surgery.recomputation import Again, Part, computed_again, find_parts
 from mlx_adapters.surgery.segments import begun_anew
 from mlx_adapters.system.door import mx, nn
 from mlx_adapters.system.limits import memory_near, out_of_memory
@@ -77,7 +77,7 @@ class TrainStep:
     world: World = field(default_factory=World)
     rounding: Rounding | None = None
     memory: MemoryPlan = field(default_factory=MemoryPlan)
-    feed_forwards: list[FeedForward] = field(init=False)
+    parts: list[Part] = field(init=False)
     optimizer: Optimizer = field(init=False)
     heed: Callable[[], None] = field(default_factory=lambda: lambda: None, init=False)
     _outputs: list[Any] = field(default_factory=list, init=False)
@@ -95,7 +95,7 @@ class TrainStep:
         self._calls += apart_calls(self.module)
         if self.config.packing:
             self._calls += begun_anew(self.module)
-        self.feed_forwards = find_feed_forwards(self.module, layers)
+        self.parts = find_parts(self.module, layers)
         self._gradient = {
             rounding: compiled(self._make_gradient(rounding, self.memory.again), [mx.random.state])
             for rounding in (False, True)
@@ -285,7 +285,7 @@ class TrainStep:
             if rounding and self.rounding is not None:
                 stack.enter_context(through_rounding.rounded(self.adapted, self.rounding))
             if again is not None:
-                stack.enter_context(computed_again(self.module.layers, self.feed_forwards, again, in_float32))
+                stack.enter_context(computed_again(self.module.layers, self.parts, again, in_float32))
             yield
 
     def _round_frozen_once(self, rounding: bool) -> None:

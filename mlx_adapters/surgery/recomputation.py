@@ -1,8 +1,9 @@
 """What a model computes once more in the backward pass, instead of keeping it from the forward pass.
 
-Gradient checkpointing (arXiv 1604.06174) at three sizes: a whole block, its feed-forward part, and the little that lies
-between the feed-forward part's matrix products, which costs next to nothing and is most of what a block would keep. No
-architecture is known by name: a feed-forward part is what a block calls with the hidden state alone.
+Gradient checkpointing (arXiv 1604.06174) at three sizes: a whole block, its feed-forward part, and what lies between a
+part's matrix products, which costs little and is most of what a block would keep: a feed-forward part's activation, and
+attention itself, with what is done to queries and keys before. No architecture is known by name: a feed-forward part is
+what a block calls with the hidden state alone, and attention what attends once.
 """
 
 import contextlib
@@ -10,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map
 
 from mlx_adapters.surgery import calls
 from mlx_adapters.surgery.blocks import find_blocks
@@ -106,42 +107,51 @@ def recompute(layer: nn.Module) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class FeedForward:
-    """The part of a block that turns each token's hidden state by itself.
+class Part:
+    """The part of a block that turns each token's hidden state by itself, or that `attends` to others.
 
     `last`: the layers called last in their modules, that give the hidden state's width again; `first`: the others
-    (gate, up, a router). Of these, `beside` lie in one module with one of `last`: between them there is arithmetic on
-    single numbers.
+    (gate, up, a router; q, k, v). Of these, `beside` lie in one module with one of `last`, and between them there is
+    arithmetic on single numbers; none in attention.
     """
 
     module: nn.Module
     first: tuple[nn.Module, ...]
     last: tuple[nn.Module, ...]
     beside: tuple[nn.Module, ...]
+    attends: bool = False
 
 
 @dataclass
 class _Seen:
-    """What one token's pass does in a part: how often it is called, whether as a feed-forward part is, and with which
-    layers, by the width that they give."""
+    """What one token's pass does in a part: how often it is called, whether as a feed-forward part or as attention is,
+    and with which layers, by the width that they give."""
 
     module: nn.Module
     calls: int = 0
     alone: bool = True
+    attends: bool = False
     width: int = 0
     widths: dict[int, int] = field(default_factory=dict)
 
 
-def find_feed_forwards(module: nn.Module, layers: Iterable[nn.Module]) -> list[FeedForward]:
-    """Those of the model's blocks; `layers` are its matrices. One token's pass is traced, and nothing computed."""
-    known = {id(layer): layer for layer in layers}
+def find_parts(module: nn.Module, layers: Iterable[nn.Module]) -> list[Part]:
+    """Those of the model's blocks; of `layers` the matrices count. One token's pass is traced, and nothing computed."""
+    known = {id(layer): layer for layer in layers if any(a.ndim > 1 for _, a in tree_flatten(layer.parameters()))}
     blocks = find_blocks(module)
     children = [child for block in blocks.owner[blocks.key] for child in block.children().values()] if blocks else []
     parts = [c for c in children if isinstance(c, nn.Module) and id(c) not in known]
     seen = [_Seen(part) for part in parts if any(id(each) in known for each in part.modules())]
+    attended: list[None] = []
+
+    def attend(original: Call, *args: Any, **kwargs: Any) -> mx.array:
+        attended.append(None)
+        return original(*args, **kwargs)
+
     with contextlib.ExitStack() as stack:
+        stack.enter_context(calls.function_call_as(mx.fast, "scaled_dot_product_attention", attend))
         for each in seen:
-            stack.callback(calls.intercept(each.module, _noting(each)))
+            stack.callback(calls.intercept(each.module, _noting(each, attended)))
             for layer in each.module.modules():
                 if id(layer) in known:
                     stack.callback(calls.intercept(layer, _noting_width(each, id(layer))))
@@ -149,17 +159,21 @@ def find_feed_forwards(module: nn.Module, layers: Iterable[nn.Module]) -> list[F
             module(mx.zeros((1, 1), mx.int32))
         except Exception:  # whoever computes with it will be told
             return []
-    return [_feed_forward(each, known) for each in seen if each.calls == 1 and each.alone]
+    made = [_part(each, known) for each in seen if each.calls == 1 and (each.alone or each.attends)]
+    return [part for part in made if part.last or not part.attends]
 
 
-def _noting(seen: _Seen) -> Call:
+def _noting(seen: _Seen, attended: list[None]) -> Call:
     def note(original: Call, *args: Any, **kwargs: Any) -> Any:
+        before = len(attended)
         out = original(*args, **kwargs)
         seen.calls += 1
-        given = [*args, *kwargs.values()]
-        arrays = len(given) == 1 and all(isinstance(each, mx.array) for each in (*given, out))
-        seen.alone = arrays and given[0].shape == out.shape
-        seen.width = out.shape[-1] if seen.alone else 0
+        given = _leaves([args, kwargs], _carries_gradient)
+        first = len(given) == 1 and bool(args) and args[0] is given[0]
+        turned = first and _is_array(out) and given[0].shape == out.shape
+        seen.alone = turned and len(args) + len(kwargs) == 1
+        seen.attends = turned and not seen.alone and len(attended) == before + 1
+        seen.width = out.shape[-1] if turned else 0
         return out
 
     return note
@@ -174,26 +188,25 @@ def _noting_width(seen: _Seen, layer: int) -> Call:
     return note
 
 
-def _feed_forward(seen: _Seen, known: Mapping[int, nn.Module]) -> FeedForward:
+def _part(seen: _Seen, known: Mapping[int, nn.Module]) -> Part:
     families = [{id(child) for child in each.children().values()} for each in seen.module.modules()]
     called = [[layer for layer in seen.widths if layer in family] for family in families]  # in order
     last = {layers[-1] for layers in called if layers and seen.widths[layers[-1]] == seen.width}
     beside = {layer for layers in called if layers and layers[-1] in last for layer in layers} - last
-    first = seen.widths.keys() - last
-    return FeedForward(
-        seen.module, *(tuple(known[layer] for layer in seen.widths if layer in kind) for kind in (first, last, beside))
-    )
+    kinds = (seen.widths.keys() - last, last, set() if seen.attends else beside)
+    layers = (tuple(known[layer] for layer in seen.widths if layer in kind) for kind in kinds)
+    return Part(seen.module, *layers, seen.attends)
 
 
 @contextlib.contextmanager
-def recompute_between(part: FeedForward, in_float32: bool = True) -> Iterator[None]:
+def recompute_between(part: Part, in_float32: bool = True) -> Iterator[None]:
     """Within the block, of `part` the backward pass is left its input and what its first layers gave; it computes again
     what comes after, up to the input of the last ones. No matrix product of the base is done twice for it.
 
     `in_float32`: in models of 16 bits what lies between is rounded once, where mlx-lm rounds each step.
     """
 
-    def call(original: Call, x: mx.array) -> mx.array:
+    def call(original: Call, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
         given: list[mx.array] = []
         keys: list[mx.array] = []
 
@@ -206,10 +219,10 @@ def recompute_between(part: FeedForward, in_float32: bool = True) -> Iterator[No
             return layer(*args, **kwargs)
 
         with _each(part.first, note), _each(part.last, note_key):
-            original(x)  # traced; of this only what the first layers give is ever computed
+            original(x, *args, **kwargs)  # traced; of this only what the first layers give is ever computed
         after = calls.random_key()
 
-        def rest(weights: list[dict], given: list[mx.array], x: mx.array) -> mx.array:
+        def rest(weights: list[dict], given: list[mx.array], x: mx.array, args: tuple, kwargs: dict) -> mx.array:
             own, keys_left = [layer.trainable_parameters() for layer in part.last], iter(keys)
 
             def compute(layer: Call, d: mx.array, *args: Any, **kwargs: Any) -> mx.array:
@@ -225,13 +238,13 @@ def recompute_between(part: FeedForward, in_float32: bool = True) -> Iterator[No
                         wide = in_float32 and any(layer is each for each in part.beside)
                         stack.callback(calls.intercept(layer, _giving(outputs, mx.float32 if wide else None)))
                     stack.enter_context(_each(part.last, compute))
-                    return original(x).astype(x.dtype)
+                    return original(x, *args, **kwargs).astype(x.dtype)
             finally:
                 for layer, mine in zip(part.last, own, strict=True):
                     layer.update(mine)
 
         weights = [layer.trainable_parameters() for layer in part.last]
-        y = checkpoint(rest)(weights, given, x)
+        y = checkpoint(rest)(weights, given, x, args, kwargs)
         calls.set_random_key(after)
         return y
 
@@ -281,13 +294,14 @@ def recurrences_in_chunks() -> Iterator[None]:
 
 @contextlib.contextmanager
 def computed_again(
-    blocks: Iterable[nn.Module], parts: Sequence[FeedForward], again: Again, in_float32: bool = True
+    blocks: Iterable[nn.Module], parts: Sequence[Part], again: Again, in_float32: bool = True
 ) -> Iterator[None]:
     """Within the block as little of a model is kept as `again` says; `in_float32`: see `recompute_between`."""
-    whole = {"nothing": [], "mlp": [part.module for part in parts], "blocks": list(blocks)}[again]
+    feed_forwards = [part for part in parts if not part.attends]
+    whole = {"nothing": [], "mlp": [part.module for part in feed_forwards], "blocks": list(blocks)}[again]
     with contextlib.ExitStack() as stack:
         stack.enter_context(recurrences_in_chunks())
-        for part in parts:
+        for part in feed_forwards if again == "blocks" else parts:
             stack.enter_context(recompute_between(part, in_float32))
         for module in whole:
             stack.enter_context(recompute(module))

@@ -8,10 +8,16 @@ import pytest
 from helpers.tiny_configs import tiny_base
 from mlx.utils import tree_flatten
 
-from mlx_adapters.models.layers import adaptable_layers
+from mlx_adapters.models.layers import adaptable_layers, named_layers
 from mlx_adapters.models.loading import load_model
 from mlx_adapters.sources.bases import resolve_base
-from mlx_adapters.surgery.recomputation import CHUNK, checkpoint, find_feed_forwards, recurrences_in_chunks
+from mlx_adapters.surgery.recomputation import (
+    CHUNK,
+    checkpoint,
+    find_parts,
+    recompute_between,
+    recurrences_in_chunks,
+)
 from mlx_adapters.system.door import gated_delta
 from mlx_adapters.system.limits import as_little_memory_as_will_do
 
@@ -131,12 +137,53 @@ def test_a_checkpoint_hands_on_what_it_is_given():
 def test_feed_forward_parts_are_found(architecture, parts, tiny_model):
     module = load_model(resolve_base(tiny_model(architecture))).module
     layers = adaptable_layers(module)
-    kinds = find_feed_forwards(module, layers.values())
+    kinds = [part for part in find_parts(module, layers.values()) if not part.attends]
     assert len(kinds) == parts * len(module.layers)
     paths = {id(layer): path.rpartition(".")[2] for path, layer in layers.items()}
     names = [{paths[id(layer)] for layer in kind} for kind in (kinds[0].first, kinds[0].last, kinds[0].beside)]
     assert names[1] <= {"down_proj", "c_proj"} and names[2] <= names[0]
     assert not names[0] & names[1] and "gate" not in names[2]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3_moe", "gpt2", "gemma3_text", "phi3", "qwen3_next"])
+def test_attention_is_found(architecture, tiny_model, tmp_path):
+    """Its matrices alone are kept: norms of queries and keys lie between them. A recurrence is none."""
+    folder = tiny_base(tmp_path / "next", architecture) if architecture == "qwen3_next" else tiny_model(architecture)
+    module = load_model(resolve_base(folder)).module
+    every = dict(named_layers(module))
+    attentions = [part for part in find_parts(module, every.values()) if part.attends]
+    paths = {id(layer): path.rpartition(".")[2] for path, layer in every.items()}
+    assert len(attentions) == len([path for path in every if path.endswith(("attn.o_proj", "attn.c_proj"))])
+    for part in attentions:
+        assert {paths[id(layer)] for layer in part.last} <= {"o_proj", "c_proj"} and len(part.last) == 1
+        assert {paths[id(layer)] for layer in part.first} <= {"q_proj", "k_proj", "v_proj", "qkv_proj", "c_attn"}
+        assert part.first and not part.beside
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "gemma3_text"])
+def test_attention_keeps_queries_keys_and_values_alone(on_cpu, architecture, tiny_model):
+    module = load_model(resolve_base(tiny_model(architecture))).module
+    module.train()
+    attention = next(part for part in find_parts(module, dict(named_layers(module)).values()) if part.attends)
+    x = mx.random.normal((2, 96, attention.first[0].weight.shape[-1]))
+
+    def loss(x: mx.array) -> mx.array:
+        return mx.sin(attention.module(x, "causal")).sum()
+
+    def kept() -> tuple[int, mx.array]:
+        """(bytes between the forward pass and the backward pass, the gradient)."""
+        value, gradient = mx.value_and_grad(loss)(x)
+        before = mx.get_active_memory()
+        mx.eval(value)
+        gc.collect()
+        return mx.get_active_memory() - before, gradient
+
+    mx.eval(x, module.parameters())
+    whole, expected = kept()
+    with recompute_between(attention):
+        between, gradient = kept()
+    assert mx.allclose(gradient, expected, rtol=1e-4, atol=1e-5)
+    assert between < 1.1 * sum(layer(x).nbytes for layer in attention.first) + x.nbytes < 0.8 * whole
 
 
 @pytest.mark.parametrize("name", ["qwen3_5", "qwen3_next"])
