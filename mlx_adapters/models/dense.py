@@ -2,7 +2,7 @@
 
 import inspect
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -137,10 +137,16 @@ def unpack(module: nn.Module, keys: Collection[str]) -> None:
 
 def compute_dtype(module: nn.Module) -> mx.Dtype:
     """The type a model computes in: that of its first floating-point weight that is no packed one's scale."""
-    for name, value in tree_flatten(module.parameters()):
-        if name.endswith(WEIGHT) and mx.issubdtype(value.dtype, mx.floating):
-            return value.dtype
-    return mx.float32
+    return next((a.dtype for a in _weights(module) if mx.issubdtype(a.dtype, mx.floating)), mx.float32)
+
+
+def _weights(tree: Any) -> Iterator[mx.array]:
+    """Arrays called "weight" in modules, in their order, one after the other: the first is found soon."""
+    for name, value in tree.items() if isinstance(tree, dict) else ((str(i), part) for i, part in enumerate(tree)):
+        if isinstance(value, mx.array) and name.endswith(WEIGHT):
+            yield value
+        elif isinstance(value, dict | list | tuple) and not name.startswith("_"):
+            yield from _weights(value)
 
 
 # The bits of +Inf. NaN and Inf are what lies there or above, as a signed number (if positive) or without the sign
@@ -158,10 +164,11 @@ AT_A_TIME = 64  # arrays that lie in memory once more
 
 def first_not_finite(weights: Mapping[str, mx.array], limits: Limits = INFINITY) -> str | None:
     """The name of the first floating-point array that holds NaN or Inf, or what else is not below `limits`; or None."""
-    bits = {name: a.view(limits[a.dtype][0]) for name, a in weights.items() if a.dtype in limits and a.size}
-    mx.eval(bits)  # all at once: a tenth of a millisecond for each would add up
-    if on_cuda() and _are_below({name: weights[name] for name in bits}, limits):
+    floats = {name: array for name, array in weights.items() if array.dtype in limits and array.size}
+    if on_cuda() and _are_below(floats, limits):
         return None
+    bits = {name: array.view(limits[array.dtype][0]) for name, array in floats.items()}
+    mx.eval(bits)  # all at once: a tenth of a millisecond for each would add up
     for name, array in bits.items():
         limit, signed = limits[weights[name].dtype][1], np.array(array, copy=False)
         unsigned = signed.view(f"u{signed.itemsize}")

@@ -67,7 +67,7 @@ def named_layers(module: nn.Module) -> list[tuple[str, nn.Module]]:
     modules = dict(module.named_modules())
     adapted = {path: layer for path, layer in modules.items() if isinstance(layer, ADAPTED)}
     leaves = {path: layer for path, layer in modules.items() if path and _is_leaf(layer)}
-    flat = {path: layer for path, layer in leaves.items() if not _inside(path, adapted)} | adapted
+    flat = {path: layer for path, layer in leaves.items() if not adapted or not _inside(path, adapted)} | adapted
     return [(path, flat[path]) for path in sorted(flat, key=tensor_names.natural_order)]
 
 

@@ -80,15 +80,17 @@ def load_model(
     together = on_gpu() if together is None else together
     with Origins() as origins:
         module, config = load_module(base)
+    tokenizers: list[Any] = []
     with refusals(lambda why: ModelError(f"The weights of '{base.name}' cannot be read: {why}.", WHOLE_MODEL)):
         set_precision(module, dtype, dense)
         if on_gpu():
             lay_experts_out(module)
-        groups = read_into_place(module, adaptable_layers(module) if together else {}, origins)
+        layers = adaptable_layers(module) if together else {}
+        groups = read_into_place(module, layers, origins, lambda: tokenizers.append(load_tokenizer_of(base, template)))
     wrong = set(replace_miscomputed(module, compute_dtype(module), gradients) if on_gpu() else ())
     require_experts(module, base)
     require_numbers(module, base)
-    model = Model(module, load_tokenizer_of(base, template), base, config, template=template or TemplateConfig())
+    model = Model(module, *tokenizers, base, config, template=template or TemplateConfig())
     model.together = {paths: arrays for paths, arrays in groups.items() if wrong.isdisjoint(paths)}
     if adapter is not None:
         model.attach(adapter, any_base)

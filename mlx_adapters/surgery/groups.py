@@ -87,17 +87,23 @@ def leaves_of(layer: nn.Module) -> list[str]:
 
 
 def read_into_place(
-    module: nn.Module, layers: Mapping[str, nn.Module], origins: "Origins"
+    module: nn.Module,
+    layers: Mapping[str, nn.Module],
+    origins: "Origins",
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> dict[tuple[str, ...], Arrays]:
     """Evaluate a model's weights; `lay_together`, by their paths, for all groups of `layers`.
 
-    What is a tensor of a file is read to where it stays: nothing is copied, or in memory twice.
+    What is a tensor of a file is read to where it stays: nothing is copied, or in memory twice. `meanwhile` is called
+    while threads read.
     """
     groups = {
         paths: [layers[path] for path in paths] for paths in (find_groups(module, dict(layers)) if layers else ())
     }
     wanted, places = _wanted(module, groups, origins)
-    read = read_joined(wanted)
+    reading = begin_reading(wanted)
+    meanwhile()
+    read = reading()
     origins.require_unchanged()
     module.load_weights([(name, read[first]) for name, first in places.items()], strict=False)
     laid: dict[tuple[str, ...], Arrays] = {}
@@ -193,13 +199,13 @@ def _version(path: Path) -> Any:
     return stat and (stat.st_ino, stat.st_size, stat.st_mtime_ns)
 
 
-def read_joined(wanted: Mapping[str, Sequence[StoredTensor]]) -> dict[str, mx.array]:
-    """Tensors of files as arrays, evaluated, those of one name one below the other: (Σ n, ...).
+def begin_reading(wanted: Mapping[str, Sequence[StoredTensor]]) -> Callable[[], dict[str, mx.array]]:
+    """Gives what waits for tensors of files as arrays, evaluated, those of one name one below the other: (Σ n, ...).
 
-    Each is read to where it stays, and several are at a time. Raises OSError.
+    Each is read to where it stays, and several are at a time, from now on. What waits raises OSError.
     """
     if not wanted:
-        return {}
+        return dict
     batches: list[dict[str, Sequence[StoredTensor]]] = [{}]
     size = 0
     for name, parts in wanted.items():
@@ -208,10 +214,8 @@ def read_joined(wanted: Mapping[str, Sequence[StoredTensor]]) -> dict[str, mx.ar
         if size >= BATCH:
             batches.append({})
             size = 0
-    made: dict[str, mx.array] = {}
-    for arrays in _readers().map(_read, filter(None, batches)):
-        made |= arrays
-    return made
+    read = _readers().map(_read, filter(None, batches))
+    return lambda: {name: array for arrays in read for name, array in arrays.items()}
 
 
 @cache

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import threading
 
 import mlx.core as mx
 import numpy as np
@@ -39,12 +40,29 @@ def test_it_holds_what_mlx_lm_reads_and_nothing_is_in_memory_twice(architecture,
         assert np.array_equal(np.array(arrays["weight"].view(mx.uint8)), whole)
 
 
+def test_a_tokenizer_is_loaded_while_weights_are_read(tiny_model, monkeypatch):
+    begun, load, read = threading.Event(), loading.load_tokenizer_of, groups._read
+
+    def read_later(wanted):
+        assert begun.wait(60)
+        return read(wanted)
+
+    def load_and_tell(*given):
+        begun.set()
+        return load(*given)
+
+    monkeypatch.setattr(groups, "_read", read_later)
+    monkeypatch.setattr(loading, "load_tokenizer_of", load_and_tell)
+    model = loading.load_model(resolve_base(tiny_model()))
+    assert model.tokenizer.encode("a") == load(model.base).encode("a")
+
+
 def test_what_was_changed_after_it_was_read_is_not_read_again(tiny_model):
     path = str(next(tiny_model().glob("*.safetensors")))
     with groups.Origins() as origins:
         arrays = mx.load(path)
     one, other = arrays["model.layers.0.self_attn.k_proj.weight"], arrays["model.layers.0.self_attn.v_proj.weight"]
-    read = groups.read_joined({"both": origins.of([one, other])})["both"]
+    read = groups.begin_reading({"both": origins.of([one, other])})()["both"]
     assert np.array_equal(np.array(read), np.concatenate([one, other]))  # evaluated by now
     assert not origins.of([one])
     with groups.Origins() as origins:
@@ -64,7 +82,7 @@ def test_a_file_that_became_shorter_is_told_of(tiny_model, tmp_path):
     assert all(wanted.values())
     os.truncate(path, path.stat().st_size // 2)
     with pytest.raises(OSError, match="shorter than it was"):
-        groups.read_joined(wanted)
+        groups.begin_reading(wanted)()
 
 
 def test_a_file_that_is_replaced_meanwhile_is_told_of(tiny_model, tmp_path):
