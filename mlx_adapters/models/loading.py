@@ -90,7 +90,7 @@ def load_model(
     wrong = set(replace_miscomputed(module, compute_dtype(module), gradients) if on_gpu() else ())
     require_experts(module, base)
     require_numbers(module, base)
-    model = Model(module, *tokenizers, base, config, template=template or TemplateConfig())
+    model = Model(module, tokenizers[0], base, config, template=template or TemplateConfig())
     model.together = {paths: arrays for paths, arrays in groups.items() if wrong.isdisjoint(paths)}
     if adapter is not None:
         model.attach(adapter, any_base)

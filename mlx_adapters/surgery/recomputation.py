@@ -194,8 +194,8 @@ def _part(seen: _Seen, known: Mapping[int, nn.Module]) -> Part:
     last = {layers[-1] for layers in called if layers and seen.widths[layers[-1]] == seen.width}
     beside = {layer for layers in called if layers and layers[-1] in last for layer in layers} - last
     kinds = (seen.widths.keys() - last, last, set() if seen.attends else beside)
-    layers = (tuple(known[layer] for layer in seen.widths if layer in kind) for kind in kinds)
-    return Part(seen.module, *layers, seen.attends)
+    before, after, near = (tuple(known[layer] for layer in seen.widths if layer in kind) for kind in kinds)
+    return Part(seen.module, before, after, near, seen.attends)
 
 
 @contextlib.contextmanager

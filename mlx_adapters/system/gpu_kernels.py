@@ -127,6 +127,7 @@ def build_quickly(
     and, when it is first called, RuntimeError for a text that it refuses. `cluster`: so many blocks run together."""
     compiler, shaped = _compiler(), [i for i, given in enumerate(inputs) if f"{given}_shape" in source]
     compiled: dict[tuple, tuple[str, bytes]] = {}
+    kind = 'extern "C" __global__ void' + (f" __cluster_dims__({cluster}, 1, 1)" if cluster > 1 else "")
 
     def compile(arrays: Sequence[mx.array], template: Sequence[tuple[str, Any]], types: Sequence[mx.Dtype]) -> Any:
         arguments = [f"const {C_TYPES[array.dtype]}* {n}" for n, array in zip(inputs, arrays, strict=True)]
@@ -141,7 +142,7 @@ def build_quickly(
             ]
         lines = "\n".join(constants)
         return _machine_code(
-            compiler, name, f"{PRELUDE}{header}@NAME@({', '.join(arguments)}) {{\n{lines}\n{source}\n}}\n", cluster
+            compiler, name, f"{PRELUDE}{header}{kind} @NAME@({', '.join(arguments)}) {{\n{lines}\n{source}\n}}\n"
         )
 
     def call(
@@ -186,11 +187,10 @@ def _compiler() -> Any:
     return ctypes.CDLL(found[0])
 
 
-def _machine_code(compiler: Any, name: str, body: str, cluster: int) -> tuple[str, bytes]:
+def _machine_code(compiler: Any, name: str, body: str) -> tuple[str, bytes]:
     """(the function's name, its machine code)."""
     own = f"{name}_{hashlib.sha256(body.encode()).hexdigest()[:16]}"
-    together = f"__cluster_dims__({cluster}, 1, 1) " if cluster > 1 else ""
-    text = body.replace("@NAME@", f'extern "C" __global__ void {together}{own}')
+    text = body.replace("@NAME@", own)
     program, size = ctypes.c_void_p(), ctypes.c_size_t()
     device = mx.device_info()
     chip = f"{device['compute_capability_major']}{device['compute_capability_minor']}"

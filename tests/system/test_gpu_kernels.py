@@ -68,14 +68,20 @@ def test_shapes_are_handed_over_as_numbers_and_compiled_for_their_count_alone(gi
     kernel = gpu_kernels.build_quickly("add", ["x", "at"], ["out"], "int n = x_shape[x_ndim - 1];", "struct Own {};")
     assert call(kernel, mx.zeros((2, 3), mx.bfloat16), mx.zeros((4,), mx.uint32)) == ["out"]
     text, options = given
-    head = "struct Own {};@NAME@(const bfloat16* x, const unsigned* at, float16* out, int x_shape_0, int x_shape_1) {"
-    assert head in text and "using T = bfloat16;\nconstexpr int R = 8;\nconstexpr int x_ndim = 2;" in text
+    head = "const bfloat16* x, const unsigned* at, float16* out, int x_shape_0, int x_shape_1) {"
+    assert 'struct Own {};extern "C" __global__ void @NAME@(' + head in text
+    assert "using T = bfloat16;\nconstexpr int R = 8;\nconstexpr int x_ndim = 2;" in text
     assert "const int x_shape[] = {x_shape_0, x_shape_1};\nint n = x_shape[x_ndim - 1];" in text
     assert (options["name"], options["compiled_source"], options["scalars"]) == ("add_1", b"code", [2, 3])
     call(kernel, mx.zeros((5, 7), mx.bfloat16), mx.zeros((4,), mx.uint32))
     assert given[2]["name"] == "add_1" and given[2]["scalars"] == [5, 7]
     call(kernel, mx.zeros((5, 7, 1), mx.bfloat16), mx.zeros((4,), mx.uint32))
     assert "const int x_shape[] = {x_shape_0, x_shape_1, x_shape_2};" in given[3]
+
+
+def test_blocks_of_a_cluster_are_told_to_the_compiler(given):
+    call(gpu_kernels.build_quickly("add", ["x", "at"], ["out"], "", "", 8), mx.zeros((2,)), mx.zeros((4,), mx.uint32))
+    assert 'extern "C" __global__ void __cluster_dims__(8, 1, 1) @NAME@(' in given[0]
 
 
 def test_a_type_without_a_word_in_c_is_left_to_mlx(given):
