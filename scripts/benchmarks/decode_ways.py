@@ -233,6 +233,8 @@ def constants(scale, layer):
 @contextlib.contextmanager
 def attending(way):
     """Within the block steps are traced with attention by this one of `WAYS`; gives how far it is off."""
+    for width in (64, 128):  # what is found of the kernel that is in is remembered
+        attention.is_right(mx.bfloat16, (width, width))
     attention._by_kernel = WAYS[way]
     try:
         yield attention._error(mx.bfloat16, (128, 128)) if way else 0.0
@@ -254,12 +256,12 @@ class Apart(ForAll):
     def of_token(self, product, x, widths):
         if self.factors.gain is not None:
             return super().of_token(product, x, widths)
-        bounds, z = _bounds(tuple(widths)), low(x, self.kernel_a)
-        return split(lift(product(x), z, self.kernel_b, bounds), widths)
+        return split(lift(product(x), low(x, self.kernel_a), self.kernel_b, bounds_of(tuple(widths))), widths)
 
 
 @cache
-def _bounds(widths):
+def bounds_of(widths):
+    """(layers + 1,) where each layer's columns begin, and where the last one's end."""
     made = mx.array([sum(widths[:i]) for i in range(len(widths) + 1)], mx.int32)
     mx.eval(made)
     return made

@@ -21,6 +21,7 @@ import mlx_adapters  # noqa: F401  (before mlx)
 # isort: split
 import mlx.core as mx
 from decode import CLOCK, RANK, SHAPES, stamped
+from decode_ways import bounds_of, lift, low
 
 from mlx_adapters.runtime import kernel
 from mlx_adapters.runtime.product_kernel import SHARES, product_and_update
@@ -78,6 +79,12 @@ def kernel_after(layers: Layers, x: mx.array) -> list[mx.array]:
     return layers.split(kernel.add_update(y, x, layers.a, layers.b, layers.widths, kernel.first(x)))
 
 
+def beside(layers: Layers, x: mx.array) -> list[mx.array]:
+    """The product and a x, neither of which waits for the other, and a kernel that adds b z."""
+    z = low(x, layers.a)
+    return layers.split(lift(layers.product(x), z, layers.b, bounds_of(layers.widths)))
+
+
 def one_kernel(layers: Layers, x: mx.array, share: tuple[int, int] | None = None) -> list[mx.array]:
     """Product and update by one kernel."""
     return product_and_update(x, layers.packed, PACKED, layers.a, layers.b, layers.widths, share=share)
@@ -89,6 +96,7 @@ WAYS: dict[str, Callable[[Layers, mx.array], list[mx.array]]] = {
     "y + (x a) b": two_products,
     "addmm(y, x a, b)": partial(two_products, adds=True),
     "a kernel after it": kernel_after,
+    "a x beside it, and a kernel after both": beside,
     "one kernel": one_kernel,
 }
 WAYS |= {
