@@ -151,6 +151,7 @@ def _load(variant: Variant, dtype: str, any_base: bool, batch_size: int) -> Any:
         raise NotFoundError(variant.problem)
     adapter = load_adapter(variant.adapter) if variant.adapter else None
     model = load_model(str(variant.base), adapter, dtype=dtype, any_base=any_base)
+    model.generate([0], max_tokens=1)  # the harness would count NaN or Inf as right or wrong
     return harness_model(model.module, model.tokenizer, batch_size)
 
 

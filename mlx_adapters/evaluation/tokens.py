@@ -95,7 +95,7 @@ def log_probabilities(model: Model, batch: Batch) -> mx.array:
     judged = logits.reshape(-1, logits.shape[-1])[mx.array(batch.positions[: batch.trained_tokens])].astype(mx.float32)
     result = judged - mx.logsumexp(judged, axis=-1, keepdims=True)
     if not mx.isfinite(result).all().item():
-        raise no_numbers(model)
+        raise no_numbers(*model.names)
     return result
 
 

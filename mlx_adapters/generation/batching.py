@@ -18,8 +18,8 @@ from mlx_adapters.drafting.rewinding import Mark, may_guess, rewinds
 from mlx_adapters.errors import IncompatibleError
 from mlx_adapters.generation.decoding import TextStream, text_of
 from mlx_adapters.generation.reading import MOST_TOKENS, Reader
-from mlx_adapters.generation.requests import Request, Row, Token
-from mlx_adapters.models.model import Model
+from mlx_adapters.generation.requests import Chosen, Request, Row, Token
+from mlx_adapters.models.model import Model, no_numbers
 from mlx_adapters.prompt_caches.quantized import new_layers, reaching, require_quantizable
 from mlx_adapters.runtime.attached import Attached
 from mlx_adapters.runtime.pool import AdapterPool
@@ -53,8 +53,7 @@ class Batcher:
         self._drafted_rows = 0 if drafter is None else DRAFTED_ROWS if self.can_batch and rewinds(module, make) else 1
         self.rows: list[Row] = []
         self._batch = Batch(module)
-        self._inputs: mx.array | None = None
-        self._logprobs: mx.array | None = None
+        self._chosen: Chosen | None = None
         self._steps = 0
         self._mixed: tuple[list[Attached | None], bool] = ([], True)
 
@@ -107,7 +106,7 @@ class Batcher:
             self._release(request)
         self.rows = []
         self._batch.clear()
-        self._inputs = self._logprobs = None
+        self._chosen = None
         return lost
 
     def step(self) -> list[Token]:
@@ -115,10 +114,10 @@ class Batcher:
         with generating():
             self._admit()
         tokens, self.reader.told = self.reader.told, []
-        if self._inputs is None:
+        if self._chosen is None:
             return tokens
-        read = self._guessed(self._inputs) if self._may_guess else []
-        tokens += self._check(read) if read else self._advance(self._inputs, self._logprobs)
+        read = self._guessed(self._chosen.tokens) if self._may_guess else []
+        tokens += self._check(read, self._chosen) if read else self._advance(self._chosen)
         self._steps += 1
         if self._steps % 256 == 0:
             mx.clear_cache()
@@ -136,7 +135,7 @@ class Batcher:
         read = [[token, *row.guess(token)] for row, token in zip(self.rows, inputs.tolist(), strict=True)]
         return read if max(map(len, read)) > 1 else []
 
-    def _check(self, read: list[list[int]]) -> list[Token]:
+    def _check(self, read: list[list[int]], chosen: Chosen) -> list[Token]:
         """A step that reads the next input of each row and guesses, and goes on by those that are right."""
         self._batch.settle()
         width = max(map(len, read))
@@ -144,32 +143,35 @@ class Batcher:
         with self.pool.routed([row.request.adapter for row in self.rows]):
             mark = Mark(self._batch.layers, width)
             logits = self.module(inputs, cache=self._batch.layers)  # (rows, width, vocabulary)
-            told = self._logprobs if self._logprobs is not None else [None] * len(read)
-            steps = [row.follow(*each) for row, *each in zip(self.rows, read, logits, told, strict=True)]
+            steps = [
+                row.follow(tokens, here, total, logprobs)
+                for row, tokens, here, (_, total, logprobs) in zip(self.rows, read, logits, chosen.rows, strict=True)
+            ]
             again = mark.back_rows(width, [width - step.right for step in steps])
             if again:
                 self.module(inputs[:, :again], cache=self._batch.layers)
-        self._inputs = mx.array([step.following for step in steps], dtype=mx.uint32)
-        self._logprobs = None
+        logprobs = None
         if any(row.request.top_logprobs is not None for row in self.rows):
             last = logits[mx.arange(len(steps)), mx.array([step.right - 1 for step in steps])]  # (rows, vocabulary)
-            self._logprobs = last - mx.logsumexp(last, axis=-1, keepdims=True)
+            logprobs = last - mx.logsumexp(last, axis=-1, keepdims=True)
+        following = mx.array([step.following for step in steps], dtype=mx.uint32)
+        self._chosen = Chosen(following, mx.array([step.total for step in steps]), logprobs)
         self._end([not any(token.finish_reason for token in step.tokens) for step in steps])
         return [token for step in steps for token in step.tokens]
 
-    def _advance(self, inputs: mx.array, logprobs: mx.array | None) -> list[Token]:
+    def _advance(self, chosen: Chosen) -> list[Token]:
         """A step that reads the next input of each row; what was chosen in the one before is told while it computes."""
         tokens = []
         with self.pool.routed([row.request.adapter for row in self.rows]), attending(len(self.rows)):
-            self._inputs, self._logprobs = self._forward(inputs)
-            mx.async_eval(self._inputs, *([] if self._logprobs is None else [self._logprobs]))
+            self._chosen = self._forward(chosen.tokens)
+            mx.async_eval(*(part for part in vars(self._chosen).values() if part is not None))
         keep = []
-        for i, (row, token) in enumerate(zip(self.rows, inputs.tolist(), strict=True)):
+        for row, (token, total, logprobs) in zip(self.rows, chosen.rows, strict=True):
             if row.fresh:
                 row.fresh = False
                 keep.append(True)
                 continue
-            tokens.append(row.told(token, None if logprobs is None else logprobs[i]))
+            tokens.append(row.told(token, total, logprobs))
             keep.append(tokens[-1].finish_reason is None)
         self._end(keep)
         return tokens
@@ -181,8 +183,8 @@ class Batcher:
                 self._release(row.request)
         self._keep(keep)
 
-    def _forward(self, inputs: mx.array) -> tuple[mx.array, mx.array | None]:
-        """(next tokens, log-probabilities if a row wants them) of a step with the tokens `inputs` (rows,)."""
+    def _forward(self, inputs: mx.array) -> Chosen:
+        """What follows the tokens `inputs` (rows,)."""
         logits = self._batch(inputs, len(self.rows[0].written))
         if any(row.request.constraint is not None for row in self.rows):
             mx.async_eval(logits)  # computed while the masks are
@@ -195,9 +197,10 @@ class Batcher:
                 for i, row in enumerate(self.rows)
             ]
             following = mx.concatenate(parts)
+        total = mx.logsumexp(logits, axis=-1)
         if all(row.request.top_logprobs is None for row in self.rows):
-            return following, None
-        return following, logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+            return Chosen(following, total)
+        return Chosen(following, total, logits - total[:, None])
 
     def _admit(self) -> None:
         """Read waiting prompts for a while; those that are read join the batch."""
@@ -207,29 +210,21 @@ class Batcher:
     def _join(self, requests: Sequence[Request], caches: Sequence[list[Any]]) -> None:
         last = mx.array([request.prompt[-1] for request in requests], dtype=mx.uint32)
         self._batch.join(caches)
-        if self._inputs is None:
-            self._inputs, self._logprobs = last, None
-        else:
-            self._inputs = mx.concatenate([self._inputs.astype(mx.uint32), last])
-            if self._logprobs is not None:
-                self._logprobs = mx.pad(self._logprobs, [(0, len(requests)), (0, 0)])
+        self._chosen = self._chosen.joined(last) if self._chosen else Chosen(last, mx.zeros(len(requests)))
         self.rows += [Row(request, self._drafter.begin() if self._drafter else None) for request in requests]
 
     def _keep(self, keep: list[bool]) -> None:
         if all(keep):
             return
         for i, (row, stays) in enumerate(zip(self.rows, keep, strict=True)):
-            if not stays and row.written and self.reader.known.limit:
+            if not row.sound:
+                self.reader.known.drop(row.request.weights)  # what was read may be why
+            elif not stays and row.written and self.reader.known.limit:
                 self.reader.remember(row.request, [*row.request.prompt, *row.written], self._batch.row(i))
         self.rows = [row for row, stays in zip(self.rows, keep, strict=True) if stays]
         kept = [i for i, stays in enumerate(keep) if stays]
-        self._batch.keep(kept if self._inputs is not None else [])
-        if not self.rows or self._inputs is None:
-            self._inputs = self._logprobs = None
-            return
-        indices = mx.array(kept)
-        self._inputs = self._inputs[indices]
-        self._logprobs = None if self._logprobs is None else self._logprobs[indices]
+        self._batch.keep(kept if self._chosen is not None else [])
+        self._chosen = self._chosen.kept(kept) if kept and self._chosen is not None else None
 
     def _release(self, request: Request) -> None:
         if request.adapter is not None:
@@ -244,10 +239,12 @@ def answer_all(
     stopped: Callable[[Request, int], bool] = lambda *_: False,
     make: Callable[[], list[Any]] | None = None,
     drafter: Drafter | None = None,
+    names: tuple[str, str | None] = ("The model", None),
 ) -> Iterator[tuple[Request, list[int]]]:
     """(request, its tokens without the stop token), as the requests finish.
 
-    `stopped` is told each token and says whether its answer ends there.
+    `stopped` is told each token and says whether its answer ends there. Raises ModelError where NaN or Inf is computed,
+    by the `names` of the base and the adapter that is on it.
     """
     batcher = Batcher(module, pool, min(max_batch, len(requests)), make=make, drafter=drafter)
     answers: dict[int, list[int]] = {request.number: [] for request in requests}
@@ -257,6 +254,8 @@ def answer_all(
         for token in batcher.step():
             if token.request.number not in answers:  # one of several of a step, after the end
                 continue
+            if token.means_nothing:
+                raise no_numbers(names[0], token.request.adapter.name if token.request.adapter else names[1])
             ended = token.finish_reason is not None
             if token.finish_reason != "stop":
                 answers[token.request.number].append(token.id)
@@ -276,8 +275,9 @@ def texts_of(
     sampling: Sampling,
     kv: CacheQuantization | None = None,
     drafter: Drafter | None = None,
+    name: str = "The model",
 ) -> list[str]:
-    """The texts of `answer_all`, in the order of the requests; `kv`: in which caches."""
+    """The texts of `answer_all`, in the order of the requests; `kv`: in which caches; `name`: the base's."""
     texts = {request.number: TextStream(tokenizer, sampling) for request in requests}
 
     def stopped(request: Request, token: int) -> bool:
@@ -286,16 +286,17 @@ def texts_of(
 
     longest = max((len(request.prompt) + request.max_tokens for request in requests), default=0)
     make = partial(new_layers, module, reaching(kv, longest))
-    answers = dict(answer_all(module, pool, requests, max_batch, stopped, make, drafter))
+    answers = dict(answer_all(module, pool, requests, max_batch, stopped, make, drafter, (name, None)))
     return [text_of(tokenizer, answers[request], sampling) for request in requests]
 
 
 def answer_plainly(
     model: Model, requests: Sequence[Request], max_batch: int = 16, kv: CacheQuantization | None = None
 ) -> Iterator[tuple[Request, list[int]]]:
-    """`answer_all` by the model as it is. Raises IncompatibleError if it cannot keep keys and values as `kv` says."""
+    """`answer_all` by the model as it is. Raises IncompatibleError if it cannot keep keys and values as `kv` says;
+    ModelError for NaN or Inf."""
     module = model.module
     if kv is not None and kv.kv_bits is not None:
         require_quantizable(module, kv, str(model.config.get("model_type")))
     make = partial(new_layers, module, kv)
-    return answer_all(module, AdapterPool(module, group=False), requests, max_batch, make=make)
+    return answer_all(module, AdapterPool(module, group=False), requests, max_batch, make=make, names=model.names)

@@ -15,7 +15,7 @@ from mlx_adapters.config.sampling import Sampling
 from mlx_adapters.drafting import one_token
 from mlx_adapters.drafting.checking import Drafts, drafted_steps
 from mlx_adapters.errors import ConfigError
-from mlx_adapters.generation.sampling import Sampler, stop_tokens
+from mlx_adapters.generation.sampling import Sampler, are_numbers, stop_tokens
 from mlx_adapters.models.model import Model, no_numbers
 from mlx_adapters.prompt_caches.layers import count_of, shortened
 from mlx_adapters.prompt_caches.quantized import new_layers, reaching
@@ -163,8 +163,8 @@ def decode(
         steps = drafted_steps(ids.tolist(), model.module, cache, drafts, sampler.step, sampler.foresee, room)
     with finished, contextlib.closing(steps):  # not every Python ends what an ended generator was reading
         for made, (token, logprobs) in enumerate(steps, start=1):
-            if made == 1 and mx.isnan(logprobs).any().item():
-                raise no_numbers(model)
+            if token == 0 and not are_numbers(logprobs).item():  # of no numbers a sampler takes 0
+                raise no_numbers(*model.names)
             piece = text.add(token) if token not in ends else ""
             reason = "stop" if token in ends or text.stopped else None
             if reason is None and made == room:

@@ -416,7 +416,17 @@ class LiveModel(Model):
             for prompt, (_, name) in zip(ids, prompts, strict=True)
         ]
         with self.pool.lock:
-            return texts_of(self.module, self.pool, requests, max_batch, self.tokenizer, chosen, self.kv, self.drafter)
+            return texts_of(
+                self.module,
+                self.pool,
+                requests,
+                max_batch,
+                self.tokenizer,
+                chosen,
+                self.kv,
+                self.drafter,
+                self.base.name,
+            )
 
 
 def load_model(

@@ -1,7 +1,8 @@
 """What one answer in a batch is asked for, what comes of each step of it, and how far it is."""
 
 import itertools
-from collections.abc import Hashable, Sequence
+import math
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -17,6 +18,7 @@ from mlx_adapters.system.door import mx
 from mlx_adapters.system.gpu_kernels import compiled
 
 _numbers = itertools.count()
+NO_NUMBERS = "no numbers"
 
 
 class Constraint(Protocol):
@@ -67,7 +69,8 @@ class Request:
 class Token:
     """One token of an answer, or of a prompt that `scores`. The last one says why it is the last.
 
-    At "stop" it is the stop token itself; at "complete" its constraint lets nothing follow; at "error" it failed.
+    At "stop" it is the stop token itself; at "complete" its constraint lets nothing follow; at "error" that failed; at
+    "no numbers" the token means nothing.
     """
 
     request: Request
@@ -76,6 +79,41 @@ class Token:
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
     of_prompt: bool = False
+
+    @property
+    def means_nothing(self) -> bool:
+        """Whether the model computed NaN or Inf where it was to tell of it."""
+        return self.finish_reason == NO_NUMBERS or (self.logprob is not None and math.isnan(self.logprob))
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What the rows read next, and how it was chosen.
+
+    `tokens` (rows,); `total` (rows,), log Σ exp of the logits that it was chosen by, which tells whether they were
+    numbers; `logprobs` (rows, vocabulary) if a row wants them.
+    """
+
+    tokens: mx.array
+    total: mx.array
+    logprobs: mx.array | None = None
+
+    def joined(self, tokens: mx.array) -> "Chosen":
+        """With more rows, whose next input (rows,) was chosen by nobody."""
+        logprobs = None if self.logprobs is None else mx.pad(self.logprobs, [(0, tokens.size), (0, 0)])
+        joined = mx.concatenate([self.tokens.astype(mx.uint32), tokens])
+        return Chosen(joined, mx.pad(self.total, (0, tokens.size)), logprobs)
+
+    def kept(self, rows: Sequence[int]) -> "Chosen":
+        """Of these rows only."""
+        which = mx.array(rows)
+        return Chosen(self.tokens[which], self.total[which], None if self.logprobs is None else self.logprobs[which])
+
+    @property
+    def rows(self) -> Iterator[tuple[int, float, mx.array | None]]:
+        """(token, total, log-probabilities (vocabulary,)) of each row."""
+        tokens, totals = self.tokens.tolist(), self.total.tolist()
+        return zip(tokens, totals, self.logprobs if self.logprobs is not None else itertools.repeat(None), strict=False)
 
 
 @dataclass(eq=False)
@@ -104,6 +142,7 @@ class Followed:
 
     tokens: list[Token]
     following: int
+    total: float
     right: int
 
 
@@ -118,6 +157,7 @@ class Row:
     read: mx.array | None = None  # the tokens before its next input, (n,), where its logits are processed
     mask: np.ndarray | None = None
     failed: bool = False
+    sound: bool = True  # the model computes numbers
 
     def __post_init__(self) -> None:
         if self.request.sampler.processors:
@@ -149,10 +189,10 @@ class Row:
         room = request.max_tokens - 1 - (len(text) - len(request.prompt))
         return self.drafts.guess(text, room, request.sampler.foresee())
 
-    def follow(self, read: Sequence[int], logits: mx.array, logprobs: mx.array | None) -> Followed:
+    def follow(self, read: Sequence[int], logits: mx.array, total: float, logprobs: mx.array | None) -> Followed:
         """Go on by the row's next input and those of the guesses after it that are right, `read` together.
 
-        `logits` (read, vocabulary) come after each of them; `logprobs` (vocabulary,) are those of the first.
+        `logits` (read, vocabulary) come after each of them; `total` and `logprobs` (vocabulary,) are of the first.
         """
         told: list[Token] = []
         wants = self.request.top_logprobs is not None
@@ -161,17 +201,18 @@ class Row:
             if self.fresh:
                 self.fresh = False
             else:
-                told.append(self.told(token, logprobs))
+                told.append(self.told(token, total, logprobs))
             here = logits[right - 1 : right]
             following = int(self.choose(mx.array([token]), here).item())
-            logprobs = (here - mx.logsumexp(here, axis=-1, keepdims=True))[0] if wants else None
+            sums = mx.logsumexp(here, axis=-1, keepdims=True)  # (1, 1)
+            total, logprobs = sums.item(), (here - sums)[0] if wants else None
             if right == len(read) or read[right] != following or (told and told[-1].finish_reason):
                 break
         if self.drafts is not None and len(read) > 1:
             self.request.guessed_tokens += len(read) - 1
             self.request.accepted_tokens += right - 1
             self.drafts.note(len(read) - 1, right - 1)
-        return Followed(told, following, right)
+        return Followed(told, following, total, right)
 
     def choose(self, token: mx.array, logits: mx.array) -> mx.array:
         """The token (1,) that follows `token` (1,), of its logits (1, vocabulary)."""
@@ -187,8 +228,8 @@ class Row:
             logits = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
         return sampler(logits).astype(mx.uint32)
 
-    def told(self, token: int, logprobs: mx.array | None) -> Token:
-        """The next token of the answer; `logprobs` (vocabulary,) are the model's own."""
+    def told(self, token: int, total: float, logprobs: mx.array | None) -> Token:
+        """The next token of the answer; `total` and `logprobs` (vocabulary,) are the model's own (see `Chosen`)."""
         request = self.request
         self.written.append(token)
         reason = "error" if self.failed else None
@@ -196,6 +237,8 @@ class Row:
             reason = "complete"
         if token in request.stop_tokens:
             reason = "stop"
+        if not math.isfinite(total):
+            self.sound, reason = False, NO_NUMBERS
         if reason is None and len(self.written) >= request.max_tokens:
             reason = "length"
         if request.top_logprobs is None or logprobs is None:

@@ -78,14 +78,21 @@ class Sampler:
         return int(self(logprobs).item()), logprobs[0]
 
     def __call__(self, logprobs: mx.array) -> mx.array:
-        """Token (rows,) for each row of `logprobs` (rows, vocabulary)."""
-        if self.choose is not None:
-            return _checked(self.choose(logprobs), logprobs.shape)
+        """Token (rows,) for each row of `logprobs` (rows, vocabulary); 0 where they are of no numbers."""
         if self.greedy:
-            return mx.argmax(logprobs, axis=-1)
+            return mx.argmax(logprobs, axis=-1)  # NaN wins no comparison
+        chosen = self._drawn(logprobs) if self.choose is None else _checked(self.choose(logprobs), logprobs.shape)
+        return mx.where(are_numbers(logprobs), chosen, 0)
+
+    def _drawn(self, logprobs: mx.array) -> mx.array:
         self._key, key, coin = mx.random.split(self._key, 3) if self._spared else (*mx.random.split(self._key), None)
         logprobs = filtered(logprobs.astype(mx.float32), self.sampling, self._spared, coin)
         return mx.random.categorical(logprobs * (1 / self.sampling.temperature), key=key)
+
+
+def are_numbers(logprobs: mx.array) -> mx.array:
+    """(rows,) Whether the log-probabilities (rows, vocabulary) are of logits that are numbers, -Inf among them."""
+    return mx.isfinite(mx.logsumexp(logprobs, axis=-1))
 
 
 def processors_of(sampling: Sampling, tokenizer: Any = None) -> tuple[LogitsProcessor, ...]:

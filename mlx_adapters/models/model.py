@@ -47,6 +47,11 @@ class Model:
     template: TemplateConfig = field(default=TemplateConfig())
     together: dict[tuple[str, ...], Arrays] = field(default_factory=dict, init=False)  # see `read_into_place`
 
+    @property
+    def names(self) -> tuple[str, str | None]:
+        """The base's, and the adapter's that is on."""
+        return self.base.name, self.adapter.name if self.adapter else None
+
     def __repr__(self) -> str:
         return f"Model({self.base.name!r}, adapter={self.adapter.name if self.adapter else None!r})"
 
@@ -205,7 +210,7 @@ class Model:
         Args:
             token_ids: (tokens,) of one sequence.
 
-        Raises ModelError as `checked_ids` does, and for a model whose layers and head are one.
+        Raises ModelError as `checked_ids` does, for NaN or Inf, and for a model whose layers and head are one.
         """
         body = find_body(self.module)
         if body is None:
@@ -213,7 +218,10 @@ class Model:
                 f"'{self.base.name}' tells no hidden state: its layers and its head are one.", "take another base."
             )
         hidden = body(self.checked_ids(token_ids)[None])  # (1, tokens, width)
-        return hidden[0].astype(mx.float32).mean(axis=0)
+        vector = hidden[0].astype(mx.float32).mean(axis=0)
+        if not mx.isfinite(vector).all().item():
+            raise no_numbers(*self.names)
+        return vector
 
     def logits(self, token_ids: list[int] | mx.array) -> mx.array:
         """What the model expects after each token, in the type that it computes in.
@@ -229,11 +237,11 @@ class Model:
         return call(ids[None])[0] if ids.ndim == 1 else call(ids)
 
 
-def no_numbers(model: Model) -> ModelError:
-    """What to raise where a model's logits are NaN or infinite."""
-    if model.adapter is None:
-        return ModelError(f"'{model.base.name}' computes NaN or Inf.", "are its weights whole?")
-    message = f"'{model.base.name}' with '{model.adapter.name}' computes NaN or Inf."
+def no_numbers(base: str, adapter: str | None) -> ModelError:
+    """What to raise where a model's logits are NaN or infinite; both by their names."""
+    if adapter is None:
+        return ModelError(f"'{base}' computes NaN or Inf.", "are its weights whole? Or try --dtype float32.")
+    message = f"'{base}' with '{adapter}' computes NaN or Inf."
     return ModelError(message, "try --dtype float32, an earlier checkpoint, or a weaker one: 'mlx-adapters scale'.")
 
 

@@ -14,7 +14,7 @@ from concurrent.futures import Future, InvalidStateError
 from functools import partial
 from typing import Any
 
-from mlx_adapters.errors import AdapterError
+from mlx_adapters.errors import AdapterError, ModelError
 from mlx_adapters.generation.batching import Batcher
 from mlx_adapters.generation.live import LiveModel
 from mlx_adapters.generation.requests import Token
@@ -125,8 +125,10 @@ class Engine:
                 return served.reading
             raise ApiError(503, NO_ROOM, kind="server_error")
         with self.model.pool.routed([attached]):
-            vector = self.model.embedding(list(ids))
-            mx.eval(vector)
+            try:
+                vector = self.model.embedding(list(ids))
+            except ModelError as error:  # nothing of what was asked: that was looked at before
+                raise ApiError(500, f"'{name}': {error.message}", kind="server_error") from None
         self.metrics.add("prompt_tokens_total", len(ids), model=name)
         return vector.tolist()
 

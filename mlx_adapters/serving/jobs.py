@@ -80,6 +80,8 @@ class Job:
 
     def take(self, token: Token) -> Piece | ApiError | None:
         """Go on by a token; what there is to tell then."""
+        if token.means_nothing:
+            return ApiError(500, f"'{self.model}' computes NaN or Inf.", kind="server_error")
         if token.of_prompt:
             self.held.append(token)
             return None

@@ -5,14 +5,12 @@ import json
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from helpers.fusing import visible_adapter
 from helpers.tiny_models import build_model
 from helpers.training_tools import write_data
 
 from mlx_adapters import LoraConfig, TrainConfig, estimate, train
 from mlx_adapters.cli import cli
 from mlx_adapters.config.fusing import FuseOptions
-from mlx_adapters.config.sampling import Drafting
 from mlx_adapters.data.checking import check_data
 from mlx_adapters.errors import ModelError
 from mlx_adapters.evaluation.evaluate import EvaluationConfig, evaluate
@@ -29,18 +27,6 @@ LORA, TRAINING = LoraConfig(rank=4), TrainConfig(iterations=1, batch_size=2)
 def small(tiny_model):
     """A model of 300 rows whose tokenizer has 512 tokens."""
     return tiny_model("llama", vocab_size=300)
-
-
-@pytest.mark.parametrize("options", [{}, {"drafting": Drafting(prompt_lookup=True)}], ids=["plain", "drafting"])
-def test_an_answer_of_no_numbers_is_refused(tiny_model, options):
-    """Its tokens would be those with the number 0, or any."""
-    base = tiny_model("llama")
-    model = load_model(base, **options)
-    model.attach(visible_adapter(base))
-    norm = model.module.model.norm
-    norm.weight = norm.weight * np.float32("nan")
-    with pytest.raises(ModelError, match=r"with 'tiny' computes NaN or Inf"):
-        model.generate("List the titles.")
 
 
 def test_tokens_without_a_row_are_refused_everywhere(small, tiny_model, tmp_path):

@@ -15,9 +15,10 @@ from mlx_adapters.serving.start import make_engine, run_server
 
 
 @contextlib.contextmanager
-def running(folder, adapters, name="base", drafting=None, **settings):
+def running(folder, adapters, name="base", drafting=None, dtype="auto", **settings):
     """A server with these adapters on a free port; gives (address, engine)."""
-    engine = make_engine(str(folder), adapters, ServeSettings(port=0, **settings), name=name, drafting=drafting)
+    settings = ServeSettings(port=0, **settings)
+    engine = make_engine(str(folder), adapters, settings, name=name, drafting=drafting, dtype=dtype)
     started = queue.Queue()
     thread = threading.Thread(target=run_server, args=(engine, lambda *at: started.put(at)), daemon=True)
     thread.start()
