@@ -1,7 +1,12 @@
 """Hostile chat templates end in one sentence, soon and in little memory; the others are as in transformers."""
 
+import faulthandler
 import gc
+import resource
+import signal
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 from helpers.hostile import TEMPLATES
@@ -19,6 +24,23 @@ ENDLESS = [text for text in TEMPLATES if "range(99" in text]
 @pytest.fixture(scope="module")
 def model(tiny_model):
     return load_model(resolve_base(tiny_model("llama")))
+
+
+@pytest.fixture(autouse=True)
+def fails_soon():
+    """Where a limit does not hold its test fails: it neither goes on for ever nor fills the memory."""
+    before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("the template goes on"))
+    room = resource.getrlimit(resource.RLIMIT_AS)
+    if sys.platform == "linux" and not on_gpu():  # whose driver takes addresses as it likes
+        taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (taken + 4_000_000_000, room[1]))
+    signal.setitimer(signal.ITIMER_REAL, 20)
+    faulthandler.dump_traceback_later(40, exit=True)  # an operation may hear of no signal
+    yield
+    faulthandler.cancel_dump_traceback_later()
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+    resource.setrlimit(resource.RLIMIT_AS, room)
 
 
 @pytest.fixture
@@ -87,12 +109,14 @@ def test_an_ended_rendering_leaves_nothing_behind(model, quick, monkeypatch):
     tokenizer.chat_template = ENDLESS[0]
     worker = threading.Thread(target=others)
     worker.start()
-    for _ in range(2):
-        with pytest.raises(templates.LimitError):
-            tokenizer.apply_chat_template([{"role": "user", "content": "hi"}])
-        sum(range(10_000))
-    done.set()
-    worker.join()
+    try:
+        for _ in range(2):
+            with pytest.raises(templates.LimitError):
+                tokenizer.apply_chat_template([{"role": "user", "content": "hi"}])
+            sum(range(10_000))
+    finally:
+        done.set()
+        worker.join()
     assert same and all(same)
     assert model.encode("hi") == good and not templates._watch._at_work and not templates._watch._ended
 
