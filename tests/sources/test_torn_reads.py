@@ -1,0 +1,126 @@
+"""Whoever reads a name while it is changed sees it as it was before, or as it is after: at whatever moment."""
+
+import functools
+import itertools
+import json
+import sys
+import tarfile
+import threading
+from dataclasses import replace
+
+import pytest
+from helpers.adapters import make_adapter, make_run
+
+from mlx_adapters.adapters import inspecting, keeping, packing
+from mlx_adapters.models import adapter as adapters
+from mlx_adapters.models import metadata
+from mlx_adapters.sources import lookup, registry
+from mlx_adapters.storage import files, paths, replacing, temporaries, tensor_files
+
+READ_IN = {module.__file__ for module in (adapters, inspecting, metadata, packing, registry, replacing, tensor_files)}
+
+WRITTEN_IN = {module.__file__ for module in (keeping, files, paths, registry, replacing, temporaries)}
+PURE = {"genexpr>", "listcomp>", "dictcomp>", "setcomp>", "lambda>", "half", "text", "fit", "fit_fields", "is_number"}
+
+
+def loaded():
+    adapter = lookup.load_adapter("sql")
+    return adapter.config.rank, adapter.config.scale, adapter.fingerprint, adapter.metadata.get("iteration")
+
+
+def listed():
+    (entry,) = registry.list_adapters()
+    return entry.problem, entry.rank, entry.scale, entry.size_bytes, entry.tags, entry.iteration
+
+
+def described():
+    details = inspecting.describe("sql")
+    return details.rank, details.scale, details.layers, details.metadata.get("tags"), details.metadata.get("iteration")
+
+
+def packed(tmp_path):
+    with tarfile.open(packing.pack("sql", tmp_path / "sql.tar.gz", overwrite=True).path) as pack:
+        members = {member.name.partition("/")[2]: pack.extractfile(member).read() for member in pack}
+    (tmp_path / "weights").write_bytes(members["adapters.safetensors"])
+    config, record = (json.loads(members[f"adapter_{name}.json"]) for name in ("config", "metadata"))
+    return config["lora_parameters"]["scale"], files.sha256(tmp_path / "weights"), record.get("iteration")
+
+
+def at_call(number, interrupt, files_of=READ_IN):
+    """Interrupts the block at the start of the `number`th call in these files; `.came`: whether there were so many."""
+
+    class Interrupted:
+        came, seen = False, 0
+
+        def __enter__(self):
+            sys.setprofile(self.look)
+            return self
+
+        def __exit__(self, *_):
+            sys.setprofile(None)
+
+        def look(self, frame, event, _):
+            code = frame.f_code
+            if event == "call" and code.co_filename in files_of and code.co_name.lstrip("<_") not in PURE:
+                self.seen += 1
+                if self.seen == number:
+                    sys.setprofile(None)
+                    self.came = True
+                    interrupt()
+
+    return Interrupted()
+
+
+def changes_of(how, base):
+    """Two changes of "sql", each of which undoes the other."""
+    if how == "use":
+        make_run(base, "sql")
+        return [lambda: keeping.use("sql@100"), lambda: keeping.use("sql@200")]
+    versions = [make_adapter(base, seed=seed, rank=seed, factor=seed) for seed in (1, 2)]
+    versions = [replace(v, metadata=v.metadata | {"tags": [f"t{i}"]}) for i, v in enumerate(versions)]
+    return [lambda v=v: registry.register(v, "sql", overwrite=True) for v in versions]
+
+
+@pytest.mark.parametrize("how", ["overwrite", "use"])
+@pytest.mark.parametrize("read", [loaded, listed, described, packed])
+def test_a_change_in_the_middle_of_a_reading(how, read, tiny_model, tmp_path):
+    reading = read if read is not packed else lambda: packed(tmp_path)
+    changes, allowed = changes_of(how, tiny_model("llama")), []
+    for change in changes:
+        change()
+        allowed.append(reading())
+    assert allowed[0] != allowed[1]
+    for number in itertools.count(1, 1 if read in (loaded, listed) else 3):
+        with at_call(number, changes[number % 2 - 1]) as changing:
+            seen = reading()
+        assert seen in allowed, f"at call {number}"
+        if not changing.came:
+            break
+    assert number > 20
+
+
+@pytest.mark.parametrize("how", ["overwrite", "use"])
+@pytest.mark.parametrize("read", [loaded, listed, described])
+def test_a_reading_in_the_middle_of_a_change(how, read, tiny_model):
+    """In another thread; where it waits for the end of the change, this goes on."""
+    changes, allowed = changes_of(how, tiny_model("llama")), []
+    for change in changes:
+        change()
+        allowed.append(read())
+
+    def beside(seen):
+        reader = threading.Thread(target=lambda: seen.append(read()))
+        reader.start()
+        reader.join(0.05)
+        readers.append(reader)
+
+    for number in itertools.count(1, 3):
+        seen, readers = [], []
+        with at_call(number, functools.partial(beside, seen), WRITTEN_IN) as reading:
+            changes[number % 2 - 1]()
+        for reader in readers:
+            reader.join()
+        assert len(seen) == len(readers) and all(one in allowed for one in seen), f"at call {number}"
+        if not reading.came:
+            break
+    assert number > 20
