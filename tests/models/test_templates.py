@@ -34,7 +34,7 @@ def fails_soon():
     if sys.platform == "linux" and not on_gpu():  # whose driver takes addresses as it likes
         taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (taken + 4_000_000_000, room[1]))
-    signal.setitimer(signal.ITIMER_REAL, 20)
+    signal.setitimer(signal.ITIMER_REAL, 10)
     faulthandler.dump_traceback_later(40, exit=True)  # an operation may hear of no signal
     yield
     faulthandler.cancel_dump_traceback_later()
