@@ -21,7 +21,7 @@ from mlx_adapters.events import OnEvent, Progress, log_warnings
 from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.models.base import BaseLike
 from mlx_adapters.models.loading import load_model
-from mlx_adapters.models.model import Model, no_numbers
+from mlx_adapters.models.model import Model, names_of, no_numbers
 from mlx_adapters.sources.bases import recorded_base, resolve_base
 from mlx_adapters.storage.tensor_files import as_numpy
 from mlx_adapters.system.door import mx
@@ -95,7 +95,7 @@ def log_probabilities(model: Model, batch: Batch) -> mx.array:
     judged = logits.reshape(-1, logits.shape[-1])[mx.array(batch.positions[: batch.trained_tokens])].astype(mx.float32)
     result = judged - mx.logsumexp(judged, axis=-1, keepdims=True)
     if not mx.isfinite(result).all().item():
-        raise no_numbers(*model.names)
+        raise no_numbers(*names_of(model))
     return result
 
 

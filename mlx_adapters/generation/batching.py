@@ -19,7 +19,7 @@ from mlx_adapters.errors import IncompatibleError
 from mlx_adapters.generation.decoding import TextStream, text_of
 from mlx_adapters.generation.reading import MOST_TOKENS, Reader
 from mlx_adapters.generation.requests import Chosen, Request, Row, Token
-from mlx_adapters.models.model import Model, no_numbers
+from mlx_adapters.models.model import Model, names_of, no_numbers
 from mlx_adapters.prompt_caches.quantized import new_layers, reaching, require_quantizable
 from mlx_adapters.runtime.attached import Attached
 from mlx_adapters.runtime.pool import AdapterPool
@@ -299,4 +299,4 @@ def answer_plainly(
     if kv is not None and kv.kv_bits is not None:
         require_quantizable(module, kv, str(model.config.get("model_type")))
     make = partial(new_layers, module, kv)
-    return answer_all(module, AdapterPool(module, group=False), requests, max_batch, make=make, names=model.names)
+    return answer_all(module, AdapterPool(module, group=False), requests, max_batch, make=make, names=names_of(model))

@@ -16,7 +16,7 @@ from mlx_adapters.drafting import one_token
 from mlx_adapters.drafting.checking import Drafts, drafted_steps
 from mlx_adapters.errors import ConfigError
 from mlx_adapters.generation.sampling import Sampler, are_numbers, stop_tokens
-from mlx_adapters.models.model import Model, no_numbers
+from mlx_adapters.models.model import Model, names_of, no_numbers
 from mlx_adapters.prompt_caches.layers import count_of, shortened
 from mlx_adapters.prompt_caches.quantized import new_layers, reaching
 from mlx_adapters.runtime.attached import Selection
@@ -164,7 +164,7 @@ def decode(
     with finished, contextlib.closing(steps):  # not every Python ends what an ended generator was reading
         for made, (token, logprobs) in enumerate(steps, start=1):
             if token == 0 and not are_numbers(logprobs).item():  # of no numbers a sampler takes 0
-                raise no_numbers(*model.names)
+                raise no_numbers(*names_of(model))
             piece = text.add(token) if token not in ends else ""
             reason = "stop" if token in ends or text.stopped else None
             if reason is None and made == room:

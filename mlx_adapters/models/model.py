@@ -47,11 +47,6 @@ class Model:
     template: TemplateConfig = field(default=TemplateConfig())
     together: dict[tuple[str, ...], Arrays] = field(default_factory=dict, init=False)  # see `read_into_place`
 
-    @property
-    def names(self) -> tuple[str, str | None]:
-        """The base's, and the adapter's that is on."""
-        return self.base.name, self.adapter.name if self.adapter else None
-
     def __repr__(self) -> str:
         return f"Model({self.base.name!r}, adapter={self.adapter.name if self.adapter else None!r})"
 
@@ -220,7 +215,7 @@ class Model:
         hidden = body(self.checked_ids(token_ids)[None])  # (1, tokens, width)
         vector = hidden[0].astype(mx.float32).mean(axis=0)
         if not mx.isfinite(vector).all().item():
-            raise no_numbers(*self.names)
+            raise no_numbers(*names_of(self))
         return vector
 
     def logits(self, token_ids: list[int] | mx.array) -> mx.array:
@@ -235,6 +230,11 @@ class Model:
         ids = self.checked_ids(token_ids)
         call = by_block(self.module)
         return call(ids[None])[0] if ids.ndim == 1 else call(ids)
+
+
+def names_of(model: Model) -> tuple[str, str | None]:
+    """The base's, and the adapter's that is on."""
+    return model.base.name, model.adapter.name if model.adapter else None
 
 
 def no_numbers(base: str, adapter: str | None) -> ModelError:
