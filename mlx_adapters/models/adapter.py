@@ -29,6 +29,7 @@ from mlx_adapters.models.metadata import (
     read_config,
     read_metadata,
     read_version,
+    vanishes,
 )
 from mlx_adapters.storage import files, paths, tensor_files, tensor_names
 from mlx_adapters.storage.replacing import stat_of
@@ -199,6 +200,9 @@ class Adapter:
             raise FormatError(f"Adapter '{self.name}' holds NaN or Inf in '{bad}'.", _DIVERGED)
         if large or abs(self.config.scale) >= LARGE_SCALE:
             self._check_update()
+        if vanishes(self.config.scale):
+            message = f"Adapter '{self.name}' has scale {self.config.scale:g}, of which float32 makes nothing."
+            raise FormatError(message, "give it a larger scale.")
         return self
 
     def _check_update(self) -> None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from mlx_adapters.adapters import inspecting, keeping, verifying
 from mlx_adapters.errors import AdapterError, FormatError
+from mlx_adapters.merging.recipes import scale
 from mlx_adapters.models import metadata
 from mlx_adapters.models.adapter import read_adapter
 from mlx_adapters.publishing.uploads import make_card
@@ -180,6 +181,7 @@ def test_odd_configs_are_read_or_refused(base, home, path, value):
         ("rank", 0, "at least 1 as 'rank', not '0'"),
         ("dropout", "x", "below 1 as 'dropout', not 'x'"),
         ("scale", 1e308, "float32 holds as 'scale', not '1e\\+308'"),
+        ("scale", 1e-46, "float32 holds as 'scale', not '1e-46'"),
         ("dropout", 1, "below 1 as 'dropout'"),
     ],
 )
@@ -238,6 +240,16 @@ def test_tensors_that_no_adapter_has_are_refused_by_name(base, how):
         with pytest.raises(FormatError, match=words):
             read("odd")
     assert not verifying.verify("odd").sound
+
+
+def test_an_adapter_that_would_do_nothing_is_not_made(base):
+    """float32 has no number that small: it would be kept, listed and called sound, and be the base."""
+    registry.register(make_adapter(base, factor=2.0), "a")
+    assert scale("a", 1e-30).config.scale == 2e-30
+    for name in (None, "tiny"):
+        with pytest.raises(FormatError, match="has scale 2e-46, of which float32 makes nothing"):
+            scale("a", 1e-46, name=name)
+    assert registry.names() == ["a"]
 
 
 def test_norms_of_huge_factors_are_numbers(base):
