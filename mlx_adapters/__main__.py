@@ -5,15 +5,17 @@ import os
 import signal
 import sys
 
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # not from `system.interrupt`: that loads
+
 
 def main() -> None:
     """Run the program.
 
-    A Ctrl-C before it is loaded ends it at once, when there is nothing to clear up, and one that comes when it has
+    A signal before it is loaded ends it at once, when there is nothing to clear up, and one that comes when it has
     done its work changes nothing any more. It leaves without Python's clearing up: threads of MLX that are still there
     then, its own or ours, abort the process.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOPS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _leave)
     from contextlib import suppress
@@ -23,7 +25,7 @@ def main() -> None:
     try:
         run()
     except SystemExit as end:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in STOPS:
             signal.signal(number, signal.SIG_IGN)
         if isinstance(end.code, str):
             os.write(2, f"{end.code}\n".encode())
@@ -46,8 +48,10 @@ def _is_watched() -> bool:
 
 
 def _leave(*_: object) -> None:
-    os.write(2, b"Interrupted.\n")
-    os._exit(130)
+    try:
+        os.write(2, b"Interrupted.\n")
+    finally:  # also where nobody hears it: a terminal that is gone
+        os._exit(130)
 
 
 if __name__ == "__main__":

@@ -31,11 +31,14 @@ def program(before: str, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_while_the_program_is_loaded_ends_it_in_a_word(number):
+@pytest.mark.parametrize("told", ["Interrupted.\n", ""], ids=["heard", "nobody hears"])
+@pytest.mark.parametrize("number", STOPS)
+def test_a_signal_while_the_program_is_loaded_ends_it_in_a_word(number, told):
     found = f"lambda name, *_: os.kill(os.getpid(), {number:d}) if name == 'click' else None"
-    ended = program(f"sys.meta_path.insert(0, type('Finder', (), {{'find_spec': {found}}}))", "list")
-    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "Interrupted.\n")
+    before = f"sys.meta_path.insert(0, type('Finder', (), {{'find_spec': {found}}}))"
+    handled = f"signal.signal({number:d}, signal.SIG_DFL if {number:d} != 2 else signal.default_int_handler)"
+    ended = program(f"{handled}; {before}" + ("" if told else "; os.close(2)"), "list")
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", told)
 
 
 def test_a_signal_after_the_work_is_done_changes_nothing():
