@@ -104,6 +104,9 @@ def read_foreign(folder: Path, weights: Path, name: str) -> Foreign:
     same = adapter.weights.keys() == tensors.keys() and all(adapter.weights[n] is tensors[n] for n in tensors)
     adapter = replace(adapter, metadata=metadata, folder=folder).check()
     beside = raw if "lora_parameters" in raw and "peft_type" not in raw else {}
+    if beside and adapter.alpha is None:  # the scale says it now; beside one, mlx-lm of 2024 multiplied it in
+        own = {name: value for name, value in raw["lora_parameters"].items() if name not in ALPHA}
+        beside = raw | {"lora_parameters": own}
     return Foreign(adapter, tuple(notes), beside, same and weights.suffix != NPZ)
 
 

@@ -99,6 +99,7 @@ def test_what_is_taken_in_has_its_strength_and_plain_mlx_lm_loads_it(base, whole
     ]
     doubted = any("alpha" in event.text for event in notes if isinstance(event, Note))
     assert doubted == ("scale" not in json.dumps(config))
+    assert read_adapter(added.folder).strength_note is None  # it is used at the strength that it was trained at
 
 
 def test_bfloat16_of_an_npz(base, whole, tmp_path):
