@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mlx_adapters.config.quantization import Quantization
 from mlx_adapters.errors import FormatError
 from mlx_adapters.storage.tensor_files import as_numpy
 from mlx_adapters.system.door import mx
@@ -68,6 +69,14 @@ class Survival:
 def mean_cosine(survival: Sequence[Survival]) -> float:
     """The mean over the layers of the cosine between the update wanted and the one stored; 1 where nothing was."""
     return sum(layer.cosine for layer in survival) / len(survival) if survival else 1.0
+
+
+HELD = 0.9  # cosine between a weight and what is stored of it; 4 bits hold 0.99
+
+
+def ends_early(target: Quantization | None) -> bool:
+    """Whether there are weights that the scales cannot follow: nvfp4's are floats of 8 bits, from 2⁻⁹ to 448."""
+    return target is not None and target.mode == "nvfp4"
 
 
 class SurvivalSum:

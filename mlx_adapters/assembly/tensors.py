@@ -18,9 +18,11 @@ from mlx_adapters.assembly.plan import (
     quantization_config,
 )
 from mlx_adapters.assembly.survival import (
+    HELD,
     Survival,
     SurvivalSum,
     all_finite,
+    ends_early,
     not_finite,
     require_finite,
     require_representable,
@@ -62,6 +64,7 @@ class Assembly:
     stored: Callable[[str, mx.array], mx.array]
     scales: mx.Dtype | None = None
     survival: list[Survival] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)  # layers that the numbers of their precision cannot hold
 
     @property
     def source(self) -> BaseWeights:
@@ -182,7 +185,8 @@ class Assembly:
             else:
                 piece = packed[start:stop] if packed is not None else to_nearest(fused, plan.target, self.scale_dtype)
                 parts, stored = list(piece.tensors.values()), dequantize(piece[some])
-            finite, compared = all_finite(*parts), (base[some], fused[some], stored) if plan.changed else ()
+            looked_at = plan.changed or ends_early(plan.target)
+            finite, compared = all_finite(*parts), (base[some], fused[some], stored) if looked_at else ()
             (mx.async_eval if on_gpu() else mx.eval)(parts, finite, *compared)  # at once: each waits for a thread
             made = [_Rows(fused, parts, finite, compared)]
             del base, fused, parts, stored, finite, compared  # whoever takes them is the last to hold them
@@ -190,7 +194,7 @@ class Assembly:
 
     def _make_layer(self, plan: LayerPlan, rows: Iterator["_Rows"]) -> list[mx.array]:
         """The layer's tensors."""
-        total = SurvivalSum()
+        total, whole = SurvivalSum(), SurvivalSum()
         pieces: list[list[mx.array]] = []
         for some in rows:
             require_representable(plan.path, some.fused, self.scale_dtype if plan.target else self.weight_dtype)
@@ -199,9 +203,14 @@ class Assembly:
             pieces.append(some.parts)
             if plan.changed:
                 total.add(*some.compared)
+            if ends_early(plan.target):
+                base, fused, stored = some.compared
+                whole.add(mx.zeros_like(base), fused, stored)
             del some
         if plan.changed:
             self.survival.append(total.result(plan.path))
+        if whole.result(plan.path).cosine < HELD:
+            self.lost.append(plan.path)
         return [mx.concatenate(parts) if len(parts) > 1 else parts[0] for parts in zip(*pieces, strict=True)]
 
 

@@ -134,6 +134,12 @@ def fuse(
         template_notes += unsaid
         for note in (*written.notes, *template_notes):
             on_event(Note(f"{note}.", "warning" if "left out" in note else "info"))
+        if assembly.lost:
+            others = f" and {count(len(assembly.lost) - 1, 'other layer')}" if len(assembly.lost) > 1 else ""
+            strategy.warn(
+                f"The numbers of '{assembly.lost[0]}'{others} are beyond nvfp4's scales, which end at 0.002 and 448: "
+                "many of them are 0 or cut off; --mode mxfp4 holds them"
+            )
         fidelity = strategy.check(folder) if writer.loadable else None
         lost = fidelity is not None and fidelity.kl_mean > NOTABLE_KL
         if strategy.method == "nearest" and lost and not (strategy.trained_through or strategy.calibrated_in_vain):

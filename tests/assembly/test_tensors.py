@@ -1,6 +1,9 @@
 """A fused model holds none of its base's packed tensors where it is to hold none, whatever layers they are of."""
 
+import shutil
+
 import mlx.core as mx
+import numpy as np
 import pytest
 from helpers.fusing import IDS, visible_adapter
 from helpers.tiny_configs import tiny_base
@@ -9,6 +12,7 @@ from mlx_lm.utils import load_model as load_as_mlx_lm_does
 from mlx_adapters.assembly import tensors, writing
 from mlx_adapters.assembly.tensors import Assembly
 from mlx_adapters.config.fusing import FuseOptions
+from mlx_adapters.config.quantization import Quantization
 from mlx_adapters.fusion.fuse import fuse
 from mlx_adapters.models.loading import load_model
 from mlx_adapters.sources.bases import resolve_base
@@ -53,3 +57,21 @@ def test_the_next_layer_is_begun_before_this_one_is_written_on_a_gpu_and_the_byt
     assert "bbm" in order and "bbb" not in order
     recorded = files.read_json(tmp_path / "ahead" / FUSE_RECIPE_FILE)["weights_sha256"]
     assert recorded == {FILE: files.sha256(tmp_path / "ahead" / FILE)}
+
+
+@pytest.mark.parametrize("deviation, lost", [(1e-3, True), (0.02, False), (1e5, True)])
+def test_a_layer_that_nvfp4_cannot_hold_is_told(tiny_model, tmp_path, deviation, lost):
+    """Its scales are floats of 8 bits: what is small becomes 0, what is large is cut off; also without a check, and in
+    layers that no adapter touches. mxfp4's are powers of two, which hold it."""
+    base = shutil.copytree(tiny_model("llama"), tmp_path / "base")
+    weights, path = dict(mx.load(str(base / "model.safetensors"))), "model.layers.1.mlp.up_proj"
+    noise = np.random.default_rng(0).standard_normal(weights[f"{path}.weight"].shape) * deviation
+    mx.eval(weights)
+    mx.save_safetensors(str(base / "model.safetensors"), weights | {f"{path}.weight": mx.array(noise, mx.float32)})
+    adapter = visible_adapter(base, targets=("q_proj",))
+    for mode, told in (("nvfp4", lost), ("mxfp4", False)):
+        quantization = Quantization(4, 16 if mode == "nvfp4" else 32, mode)
+        options = FuseOptions(method="nearest", check=False)
+        result = fuse(base, adapter, tmp_path / mode, quantization=quantization, options=options)
+        words = [note for note in result.notes if "nvfp4" in note]
+        assert len(words) == told and all(f"'{path}'" in note for note in words), words
