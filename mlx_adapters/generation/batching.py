@@ -26,7 +26,7 @@ from mlx_adapters.runtime.pool import AdapterPool
 from mlx_adapters.runtime.row_attention import attending
 from mlx_adapters.surgery.caches import batches
 from mlx_adapters.surgery.cuda import generating
-from mlx_adapters.system.door import TokenizerWrapper, make_prompt_cache, mx, nn
+from mlx_adapters.system.door import make_prompt_cache, mx, nn
 
 DRAFTED_ROWS = 4  # beyond, a device has enough to do with one token of each
 
@@ -267,17 +267,16 @@ def answer_all(
 
 
 def texts_of(
-    module: nn.Module,
+    model: Model,
     pool: AdapterPool,
     requests: Sequence[Request],
     max_batch: int,
-    tokenizer: TokenizerWrapper,
     sampling: Sampling,
     kv: CacheQuantization | None = None,
     drafter: Drafter | None = None,
-    name: str = "The model",
 ) -> list[str]:
-    """The texts of `answer_all`, in the order of the requests; `kv`: in which caches; `name`: the base's."""
+    """The texts of `answer_all`, in the order of the requests; `kv`: in which caches."""
+    module, tokenizer = model.module, model.tokenizer
     texts = {request.number: TextStream(tokenizer, sampling) for request in requests}
 
     def stopped(request: Request, token: int) -> bool:
@@ -286,7 +285,7 @@ def texts_of(
 
     longest = max((len(request.prompt) + request.max_tokens for request in requests), default=0)
     make = partial(new_layers, module, reaching(kv, longest))
-    answers = dict(answer_all(module, pool, requests, max_batch, stopped, make, drafter, (name, None)))
+    answers = dict(answer_all(module, pool, requests, max_batch, stopped, make, drafter, (model.base.name, None)))
     return [text_of(tokenizer, answers[request], sampling) for request in requests]
 
 

@@ -416,17 +416,7 @@ class LiveModel(Model):
             for prompt, (_, name) in zip(ids, prompts, strict=True)
         ]
         with self.pool.lock:
-            return texts_of(
-                self.module,
-                self.pool,
-                requests,
-                max_batch,
-                self.tokenizer,
-                chosen,
-                self.kv,
-                self.drafter,
-                self.base.name,
-            )
+            return texts_of(self, self.pool, requests, max_batch, chosen, self.kv, self.drafter)
 
 
 def load_model(

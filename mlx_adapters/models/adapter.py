@@ -19,6 +19,7 @@ from mlx_adapters.errors import AdapterError, FormatError, NotFoundError
 from mlx_adapters.models.base import Base, Named
 from mlx_adapters.models.dense import INFINITY, LARGE, first_not_finite
 from mlx_adapters.models.metadata import (
+    SMALLEST_SCALE,
     AdapterConfig,
     base_of,
     check_config,
@@ -29,7 +30,6 @@ from mlx_adapters.models.metadata import (
     read_config,
     read_metadata,
     read_version,
-    vanishes,
 )
 from mlx_adapters.storage import files, paths, tensor_files, tensor_names
 from mlx_adapters.storage.replacing import stat_of
@@ -200,7 +200,7 @@ class Adapter:
             raise FormatError(f"Adapter '{self.name}' holds NaN or Inf in '{bad}'.", _DIVERGED)
         if large or abs(self.config.scale) >= LARGE_SCALE:
             self._check_update()
-        if vanishes(self.config.scale):
+        if 0 < abs(self.config.scale) < SMALLEST_SCALE:
             message = f"Adapter '{self.name}' has scale {self.config.scale:g}, of which float32 makes nothing."
             raise FormatError(message, "give it a larger scale.")
         return self

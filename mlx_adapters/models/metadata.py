@@ -173,9 +173,10 @@ def check_config(raw: Mapping[str, Any], where: str) -> None:
         what = f"'fine_tune_type' is {str(kind)[:40]!r}" if isinstance(parameters, Mapping) else "no 'lora_parameters'"
         raise FormatError(f"{where}: {CONFIG_FILE} is not an mlx-lm adapter config: {what}.", HOW_IT_LOOKS)
     rank, scale, dropout = parameters.get("rank"), parameters.get("scale"), parameters.get("dropout", 0.0)
+    held = is_number(scale, LARGEST_SCALE) and (scale == 0 or not is_number(scale, SMALLEST_SCALE))
     needed = {
         "rank": (rank, "a whole number of at least 1", _is_whole(rank, least=1)),
-        "scale": (scale, "a number that float32 holds", is_number(scale, LARGEST_SCALE) and not vanishes(scale)),
+        "scale": (scale, "a number that float32 holds", held),
         "dropout": (dropout, "a number from 0 to below 1", is_number(dropout) and 0 <= dropout < 1),
         "num_layers": (layers, "a whole number", layers is None or _is_whole(layers)),
     }
@@ -183,11 +184,6 @@ def check_config(raw: Mapping[str, Any], where: str) -> None:
         if not right:
             there = "which is missing" if value is None else f"not {str(value)[:40]!r}"
             raise FormatError(f"{where}: {CONFIG_FILE} needs {what} as '{name}', {there}.", to_mend(name, value))
-
-
-def vanishes(scale: float) -> bool:
-    """Whether float32 makes nothing of an adapter that means to do something."""
-    return 0 < abs(scale) < SMALLEST_SCALE
 
 
 def _kind(raw: Mapping[str, Any]) -> Any:
