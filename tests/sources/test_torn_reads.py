@@ -23,19 +23,23 @@ WRITTEN_IN = {module.__file__ for module in (keeping, files, paths, registry, re
 PURE = {"genexpr>", "listcomp>", "dictcomp>", "setcomp>", "lambda>", "half", "text", "fit", "fit_fields", "is_number"}
 
 
+def recorded(record):
+    return tuple(json.dumps(record.get(name)) for name in ("tags", "iteration", "sha256", "chosen_by"))
+
+
 def loaded():
     adapter = lookup.load_adapter("sql")
-    return adapter.config.rank, adapter.config.scale, adapter.fingerprint, adapter.metadata.get("iteration")
+    return adapter.config.rank, adapter.config.scale, adapter.fingerprint, *recorded(adapter.metadata)
 
 
 def listed():
     (entry,) = registry.list_adapters()
-    return entry.problem, entry.rank, entry.scale, entry.size_bytes, entry.tags, entry.iteration
+    return entry.problem, entry.rank, entry.scale, entry.size_bytes, *recorded(entry.metadata)
 
 
 def described():
     details = inspecting.describe("sql")
-    return details.rank, details.scale, details.layers, details.metadata.get("tags"), details.metadata.get("iteration")
+    return details.rank, details.scale, details.layers, *recorded(details.metadata)
 
 
 def packed(tmp_path):
