@@ -1,6 +1,5 @@
 """How answers are written: the one definition that Python, the command line and the server share. Imports no MLX."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypedDict
@@ -65,8 +64,8 @@ class Sampling:
 
     def __post_init__(self) -> None:
         check(self)
-        bad = [key for key, value in self.logit_bias.items() if not str(key).isdecimal() or not _is_number(value)]
-        require(not bad, f"logit_bias maps token ids to numbers, not '{bad[0] if bad else ''}'.")
+        bad = [entry for entry in self.logit_bias.items() if not _is_bias(*entry)]
+        require(not bad, f"logit_bias maps token ids to numbers, not '{str(bad[0][0])[:40] if bad else ''}'.")
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         require(all(isinstance(word, str) and word for word in stop), "stop must be texts that are not empty.")
         object.__setattr__(self, "stop", stop)
@@ -135,5 +134,7 @@ class SamplingOptions(TypedDict, total=False):
     ignore_eos: bool
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _is_bias(token: Any, value: Any) -> bool:
+    """Whether it is a token's id and a number that float32 holds."""
+    number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 3.4e38
+    return number and str(token).isdecimal() and int(token) < 1 << 32

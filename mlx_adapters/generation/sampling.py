@@ -80,7 +80,7 @@ class Sampler:
     def __call__(self, logprobs: mx.array) -> mx.array:
         """Token (rows,) for each row of `logprobs` (rows, vocabulary); 0 where they are of no numbers."""
         if self.greedy:
-            return mx.argmax(logprobs, axis=-1)  # NaN wins no comparison
+            return mx.argmax(logprobs, axis=-1)  # of nothing but NaN the first; the one that is Inf was the likeliest
         chosen = self._drawn(logprobs) if self.choose is None else _checked(self.choose(logprobs), logprobs.shape)
         return mx.where(are_numbers(logprobs), chosen, 0)
 
@@ -99,14 +99,25 @@ def processors_of(sampling: Sampling, tokenizer: Any = None) -> tuple[LogitsProc
     """What these settings do to one answer's logits."""
     processors: list[LogitsProcessor] = []
     if sampling.logit_bias:
-        ids, values = zip(*((int(token), float(bias)) for token, bias in sampling.logit_bias.items()), strict=True)
-        tokens, biases = mx.array(ids), mx.array(values)
-        processors.append(lambda _, logits: logits.at[:, tokens].add(biases.astype(logits.dtype)))
+        processors.append(_Bias({int(token): float(bias) for token, bias in sampling.logit_bias.items()}))
     if sampling.repetition_penalty != 1 or sampling.presence_penalty or sampling.frequency_penalty:
         processors.append(_Penalties(sampling))
     if sampling.min_tokens:
         processors.append(_NotYet(sampling.min_tokens, stop_tokens(sampling, tokenizer)))
     return tuple(processors)
+
+
+class _Bias:
+    """Adds to some tokens' logits. MLX would write beyond them for a token that the model does not have."""
+
+    def __init__(self, biases: dict[int, float]) -> None:
+        self._tokens, self._biases, self._last = mx.array(list(biases)), mx.array(list(biases.values())), max(biases)
+
+    def __call__(self, tokens: mx.array, logits: mx.array) -> mx.array:
+        end = logits.shape[-1] - 1
+        require(self._last <= end, f"logit_bias names token {self._last}; this model's ids end at {end}.")
+        most = mx.finfo(logits.dtype).max / 2  # so that what comes of it is a number
+        return logits.at[:, self._tokens].add(mx.clip(self._biases, -most, most).astype(logits.dtype))
 
 
 class _Penalties:
@@ -133,17 +144,18 @@ class _Penalties:
 
 
 class _NotYet:
-    """No token that ends the answer before it has `least` tokens."""
+    """No token that ends the answer before it has `least` tokens; what the model does not have ends none."""
 
     def __init__(self, least: int, ends: frozenset[int]) -> None:
-        self._least, self._ends = least, mx.array(sorted(ends), dtype=mx.uint32)
+        self._least, self._ends = least, sorted(ends)
         self._prompt: int | None = None
 
     def __call__(self, tokens: mx.array, logits: mx.array) -> mx.array:
         self._prompt = len(tokens) if self._prompt is None else self._prompt
-        if len(tokens) - self._prompt >= self._least or not self._ends.size:
+        ends = [end for end in self._ends if end < logits.shape[-1]]
+        if len(tokens) - self._prompt >= self._least or not ends:
             return logits
-        return logits.at[:, self._ends].add(-mx.inf)
+        return logits.at[:, mx.array(ends, mx.uint32)].add(-mx.inf)
 
 
 def counted(tokens: mx.array, vocabulary: int) -> mx.array:

@@ -94,10 +94,10 @@ def test_it_is_found_at_any_step(tiny_model, bad, drafting):
         return logits + bad if sum(read) > len(OTHER) + 5 else logits
 
     written = []
-    with call_as(model.module, call), pytest.raises(ModelError, match=r"llama-0' computes NaN or Inf"):
+    with call_as(model.module, call), pytest.raises(ModelError, match=r"llama-\w+' computes NaN or Inf"):
         written += [step.token for step in model.stream(OTHER, max_tokens=30, ignore_eos=True)]
     read.clear()
-    with call_as(model.module, call), pytest.raises(ModelError, match=r"llama-0' computes NaN or Inf"):
+    with call_as(model.module, call), pytest.raises(ModelError, match=r"llama-\w+' computes NaN or Inf"):
         model.generate_batch([(OTHER, None)], max_tokens=30, ignore_eos=True)
 
 

@@ -1,6 +1,7 @@
 """How tokens are chosen: one definition, mlx-lm's filters, parts of one's own, the same in a batch."""
 
 import typing
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -133,6 +134,34 @@ def test_a_conversation_is_a_prompt(model):
         model.generate(CHAT, raw=True)
     with pytest.raises(ModelError):
         model.generate([*CHAT, 3])
+
+
+def test_a_token_that_the_model_does_not_have_is_never_written_to(model):
+    """MLX writes where it would lie: other arrays changed, or the process ended. Many tokenizers have such tokens."""
+    last, tokens = model.vocabulary - 1, mx.array([3])
+    for beyond in (1, 10**6, 2**31):
+        sampling = Sampling(logit_bias={str(last): 2.5, str(last + beyond): 1.0}, max_tokens=2)
+        with pytest.raises(ConfigError, match=rf"names token {last + beyond}; this model's ids end at {last}"):
+            model.generate([5, 6], sampling)
+        with pytest.raises(ConfigError, match="logit_bias"):
+            model.generate_batch([([5, 6], None), ([7], None)], sampling)
+        ends = SimpleNamespace(eos_token_ids={4, last + beyond})
+        (not_yet,) = Sampler(Sampling(min_tokens=1), tokenizer=ends).processors
+        logits = not_yet(tokens, mx.zeros((1, last + 1)))
+        assert logits.shape == (1, last + 1) and [i for i, x in enumerate(logits[0].tolist()) if x] == [4]
+    (bias,) = Sampler(Sampling(logit_bias={last: 2.5})).processors
+    assert bias(tokens, mx.zeros((1, last + 1)))[0, last].item() == 2.5
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32])
+def test_a_bias_that_a_type_cannot_hold_forces_its_token(dtype):
+    """Inf would make NaN of all log-probabilities."""
+    sampler = Sampler(Sampling(logit_bias={7: 3e38, 8: -3e38}, temperature=1.0, seed=1))
+    token, logprobs = sampler.step([3], mx.full((1, 12), 5.0, dtype))
+    assert token == 7 and logprobs[7].item() == 0 and not mx.isnan(logprobs).any().item()
+    for wrong in ({7: 1e39}, {7: float("inf")}, {10**30: 1.0}):
+        with pytest.raises(ConfigError, match="logit_bias maps token ids to numbers"):
+            Sampling(logit_bias=wrong)
 
 
 def test_greedy_rows_need_no_care_of_their_own():
