@@ -79,15 +79,18 @@ class SmallModel:
     """
 
     def __init__(self, model: Model, vocabulary: int) -> None:
-        self._model, self._vocabulary = model, vocabulary
+        self._model, self._vocabulary, self._known = model, vocabulary, model.vocabulary
         self._cache = make_prompt_cache(model.module)
         self._read: list[int] = []  # what is in the cache, before the last guesses
         self._guessed: list[int] = []  # of which all but the last are in the cache
         self._mark: Mark | None = None
 
     def guess(self, tokens: Sequence[int], most: int, choose: Choose) -> list[int]:
-        """`most` tokens; none where the model's context ends, or while there is much to be read before it can guess."""
+        """`most` tokens; none where the model's context ends, after a token that only the first model has (many are
+        padded to different sizes), or while there is much to be read before it can guess."""
         context = self._model.base.context
+        if any(token >= self._known for token in tokens[len(self._read) :]):
+            return []
         if most < 1 or (context is not None and len(tokens) + most > context):
             return []
         self._go_back(tokens)

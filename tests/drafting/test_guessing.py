@@ -6,12 +6,13 @@ from helpers.drafts import a_module
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_adapters.config.sampling import Drafting
+from mlx_adapters.config.sampling import Drafting, Sampling
 from mlx_adapters.drafting import guessing
 from mlx_adapters.drafting.drafts import Drafter, Drafts, check_tokens
 from mlx_adapters.drafting.guessing import Lookup, SmallModel, agreeing, of_width
 from mlx_adapters.errors import IncompatibleError
 from mlx_adapters.generation.live import load_model
+from mlx_adapters.generation.sampling import Sampler
 
 TEXTS = st.lists(st.integers(0, 3), min_size=1, max_size=40)
 
@@ -77,6 +78,14 @@ def test_a_second_model_keeps_to_its_context(tiny_model):
     model = load_model(tiny_model("llama"))
     guesser = SmallModel(model, 512)
     assert guesser.guess([1] * (model.base.context - 1), 2, mx.argmax) == []
+
+
+def test_a_second_model_never_reads_a_token_that_it_does_not_have(tiny_model):
+    """It would read memory that is not its own."""
+    model = load_model(tiny_model("llama", vocab_size=300))
+    guesser, greedy = SmallModel(model, 512), Sampler(Sampling())
+    assert len(guesser.guess([5, 299], 3, greedy)) == 3
+    assert guesser.guess([5, 299, 300], 3, greedy) == guesser.guess([5, 299, 300, 7], 3, greedy) == []
 
 
 def test_a_second_model_reads_a_long_prompt_between_the_steps(tiny_model, monkeypatch):
