@@ -14,6 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
+import numpy as np
+
 from mlx_adapters.config.data import TemplateConfig
 from mlx_adapters.config.mapping import to_mapping
 from mlx_adapters.config.quantization import CacheQuantization
@@ -285,11 +287,12 @@ class LiveModel(Model):
         Args:
             path: the file.
 
-        Raises NotFoundError, FormatError; IncompatibleError if it was made with another base, other adapters or in
-        another precision.
+        Raises NotFoundError, FormatError; ModelError for a token that the model has not; IncompatibleError if it was
+        made with another base, other adapters or in another precision.
         """
         selection = self.pool.selection
         layers, tokens = read_cache(Path(path), self.module, self.kv, self._made_with(selection))
+        self.base.check_tokens(np.array(tokens), f"'{path}'")
         return PromptCache(layers, selection, self.new_layers, tokens)
 
     def _made_with(self, selection: Selection) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, save_promp
 
 import mlx_adapters as ma
 from mlx_adapters.cli import cli
-from mlx_adapters.errors import FormatError, IncompatibleError, NotFoundError
+from mlx_adapters.errors import FormatError, IncompatibleError, ModelError, NotFoundError
 from mlx_adapters.generation.chat import Chat
 from mlx_adapters.generation.live import LiveModel, load_model
 from mlx_adapters.prompt_caches.layers import leaves
@@ -109,6 +109,11 @@ def test_what_is_not_its_own_is_refused(tiny_model, tmp_path):
         path.write_bytes(len(text).to_bytes(8, "little") + text + whole[8 + size_of_header :])
         with pytest.raises(FormatError):
             model.load_cache(path)
+    beyond = {"0.mlx_adapters": json.dumps(record | {"tokens": [10**6] * len(record["tokens"])})}
+    text = json.dumps(header | {"__metadata__": header["__metadata__"] | beyond}).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + whole[8 + size_of_header :])
+    with pytest.raises(ModelError, match="has no token 1000000"):  # penalties would write where it would lie
+        model.load_cache(path)
     for name, tensor in header.items():
         if name.startswith("0.0"):  # keys of other heads, as large
             batch, heads, length, size = tensor["shape"]
