@@ -14,8 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
-import numpy as np
-
 from mlx_adapters.config.data import TemplateConfig
 from mlx_adapters.config.mapping import to_mapping
 from mlx_adapters.config.quantization import CacheQuantization
@@ -292,7 +290,7 @@ class LiveModel(Model):
         """
         selection = self.pool.selection
         layers, tokens = read_cache(Path(path), self.module, self.kv, self._made_with(selection))
-        self.base.check_tokens(np.array(tokens), f"'{path}'")
+        self.checked_ids(tokens or [0])
         return PromptCache(layers, selection, self.new_layers, tokens)
 
     def _made_with(self, selection: Selection) -> dict[str, Any]:

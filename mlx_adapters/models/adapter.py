@@ -19,7 +19,6 @@ from mlx_adapters.errors import AdapterError, FormatError, NotFoundError
 from mlx_adapters.models.base import Base, Named
 from mlx_adapters.models.dense import INFINITY, LARGE, first_not_finite
 from mlx_adapters.models.metadata import (
-    SMALLEST_SCALE,
     AdapterConfig,
     base_of,
     check_config,
@@ -47,6 +46,7 @@ from mlx_adapters.units import count
 
 Weights = dict[str, mx.array]  # by tensor name
 LARGE_SCALE, LARGEST_UPDATE = 1e6, 1e15
+SMALLEST_SCALE = 2.0**-126  # of float32; what is below a device may take for 0
 
 
 class StrengthWarning(UserWarning):

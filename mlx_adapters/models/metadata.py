@@ -20,7 +20,7 @@ from mlx_adapters.storage.tensor_names import ADAPTER_FILE, CONFIG_FILE, METADAT
 
 MAX_BYTES = 64 << 20  # a loss curve of a million points has 30 MB
 MAX_DEPTH = 20
-LARGEST_SCALE, SMALLEST_SCALE = 3e38, 2.0**-126  # float32 ends there; below, a device may take it for 0
+LARGEST_SCALE = 3e38  # float32 ends there
 FULL = "full"  # mlx-lm's word for a fine-tune of a model's own weights
 HOW_IT_LOOKS = 'it looks like {"fine_tune_type": "lora", "lora_parameters": {"rank": 8, "scale": 20.0}}.'
 
@@ -173,10 +173,9 @@ def check_config(raw: Mapping[str, Any], where: str) -> None:
         what = f"'fine_tune_type' is {str(kind)[:40]!r}" if isinstance(parameters, Mapping) else "no 'lora_parameters'"
         raise FormatError(f"{where}: {CONFIG_FILE} is not an mlx-lm adapter config: {what}.", HOW_IT_LOOKS)
     rank, scale, dropout = parameters.get("rank"), parameters.get("scale"), parameters.get("dropout", 0.0)
-    held = is_number(scale, LARGEST_SCALE) and (scale == 0 or not is_number(scale, SMALLEST_SCALE))
     needed = {
         "rank": (rank, "a whole number of at least 1", _is_whole(rank, least=1)),
-        "scale": (scale, "a number that float32 holds", held),
+        "scale": (scale, "a number that float32 holds", is_number(scale, LARGEST_SCALE)),
         "dropout": (dropout, "a number from 0 to below 1", is_number(dropout) and 0 <= dropout < 1),
         "num_layers": (layers, "a whole number", layers is None or _is_whole(layers)),
     }

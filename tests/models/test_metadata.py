@@ -181,7 +181,7 @@ def test_odd_configs_are_read_or_refused(base, home, path, value):
         ("rank", 0, "at least 1 as 'rank', not '0'"),
         ("dropout", "x", "below 1 as 'dropout', not 'x'"),
         ("scale", 1e308, "float32 holds as 'scale', not '1e\\+308'"),
-        ("scale", 1e-46, "float32 holds as 'scale', not '1e-46'"),
+        ("scale", 1e-46, "has scale 1e-46, of which float32 makes nothing"),
         ("dropout", 1, "below 1 as 'dropout'"),
     ],
 )
