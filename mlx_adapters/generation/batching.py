@@ -6,6 +6,7 @@ read and written is kept, and not read again (see `prompt_caches.tree`). While a
 before are handed out, so the device never waits.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -250,20 +251,22 @@ def answer_all(
     answers: dict[int, list[int]] = {request.number: [] for request in requests}
     for request in requests:
         batcher.submit(request)
-    while not batcher.idle:
-        for token in batcher.step():
-            if token.request.number not in answers:  # one of several of a step, after the end
-                continue
-            if token.means_nothing:
-                raise no_numbers(names[0], token.request.adapter.name if token.request.adapter else names[1])
-            ended = token.finish_reason is not None
-            if token.finish_reason != "stop":
-                answers[token.request.number].append(token.id)
-                if not ended and stopped(token.request, token.id):
-                    batcher.cancel(token.request)
-                    ended = True
-            if ended:
-                yield token.request, answers.pop(token.request.number)
+    with contextlib.ExitStack() as stack:
+        stack.callback(batcher.clear)  # whatever ends it, no adapter is held
+        while not batcher.idle:
+            for token in batcher.step():
+                if token.request.number not in answers:  # one of several of a step, after the end
+                    continue
+                if token.means_nothing:
+                    raise no_numbers(names[0], token.request.adapter.name if token.request.adapter else names[1])
+                ended = token.finish_reason is not None
+                if token.finish_reason != "stop":
+                    answers[token.request.number].append(token.id)
+                    if not ended and stopped(token.request, token.id):
+                        batcher.cancel(token.request)
+                        ended = True
+                if ended:
+                    yield token.request, answers.pop(token.request.number)
 
 
 def texts_of(
