@@ -101,7 +101,7 @@ def _asked(
         asked = Quantization(answer["bits"], answer.get("group_size") or default_group_size(mode), mode)
     if weight_shape(layer)[-1] % asked.group_size:
         width = weight_shape(layer)[-1]
-        return None, f"not quantized: its {width} inputs cannot be cut into groups of {asked.group_size}"
+        return None, f"its {width} inputs cannot be cut into groups of {asked.group_size}"
     return asked, None
 
 

@@ -5,9 +5,11 @@ The true update is D = W' - W. What the fused file holds is D̂ = Ŵ - W. Two nu
 has nothing to do with D, so for a light adapter the cosine falls and the ratio grows.
 """
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +18,8 @@ from mlx_adapters.errors import FormatError
 from mlx_adapters.storage.tensor_files import as_numpy
 from mlx_adapters.system.door import mx
 from mlx_adapters.system.machine import on_gpu
+
+EVERY = slice(None)
 
 
 def not_finite(path: str) -> FormatError:
@@ -32,19 +36,8 @@ def all_finite(*arrays: mx.array) -> mx.array:
     return mx.stack([mx.array(True), *(mx.isfinite(array).all() for array in floating)]).all()
 
 
-def require_finite(path: str, *stored: mx.array) -> None:
-    """Raise FormatError if a floating array that a file is to hold for the layer at `path` has NaN or Inf in it."""
-    if not all_finite(*stored).item():
-        raise not_finite(path)
-
-
-def require_representable(path: str, weight: mx.array, dtype: mx.Dtype) -> None:
-    """Raise FormatError if a number of a float32 `weight` is NaN, or Inf once it is stored as `dtype`."""
-    if on_gpu():
-        least, most = mx.stack([weight.min(), weight.max()]).tolist()
-    else:  # NumPy's reductions are ten times MLX's on a CPU
-        numbers = as_numpy(weight)
-        least, most = float(numbers.min()), float(numbers.max())
+def require_representable(path: str, least: float, most: float, dtype: mx.Dtype) -> None:
+    """Raise FormatError if a float32 weight of these extremes holds NaN, or what `dtype` stores as Inf."""
     about = mx.finfo(dtype)
     limit = about.max * (1 + about.eps / 4)  # half a step above the largest; what lies there is rounded up
     if not (-limit < least and most < limit):  # NaN is neither
@@ -79,6 +72,59 @@ def ends_early(target: Quantization | None) -> bool:
     return target is not None and target.mode == "nvfp4"
 
 
+def sums_of(base: mx.array, fused: mx.array, stored: mx.array, some: slice = EVERY) -> list[Any]:
+    """Of `some` rows of W and W', and of those of Ŵ, float32: D·D̂, D·D, D̂·D̂ and W·W. Numbers; on a GPU arrays that are
+    yet to be computed."""
+    if on_gpu():
+        return _dots(base[some], fused[some], stored, lambda x, y: (x * y).sum())
+    rows = as_numpy(base)[some], as_numpy(fused)[some], as_numpy(stored)
+    w, changed, kept = (part.reshape(-1) for part in rows)
+    with np.errstate(over="ignore", invalid="ignore"):  # `SurvivalSum.result` refuses what comes of it
+        return _dots(w, changed, kept, lambda x, y: float(np.einsum("i,i->", x, y)))  # (np.dot wakes BLAS threads)
+
+
+def _dots(base: Any, fused: Any, stored: Any, dot: Callable[[Any, Any], Any]) -> list[Any]:
+    wanted, kept = fused - base, stored - base
+    return [dot(wanted, kept), dot(wanted, wanted), dot(kept, kept), dot(base, base)]
+
+
+Compared = tuple[mx.array, mx.array, mx.array, slice]  # what `sums_of` takes
+
+
+class RowsTold:
+    """What rows tell of themselves; `arrays` have to be evaluated for it, with the rows.
+
+    `fused`: W' in float32; `parts`: what the file holds of it; `compared`: what four sums each are wanted of. On a GPU
+    it is one small array: what is asked for later waits for all that was begun meanwhile. On a CPU, where each
+    operation of MLX's waits for another thread, NumPy looks at what is there anyway.
+    """
+
+    def __init__(self, fused: mx.array, parts: Sequence[mx.array], compared: Sequence[Compared] = ()) -> None:
+        if on_gpu():
+            told = [all_finite(*parts).astype(mx.float32), fused.min(), fused.max()]
+            self.arrays = [mx.stack(sum(map(list, itertools.starmap(sums_of, compared)), told))]
+            return
+        self._fused, self._compared = fused, compared
+        self._stored = [part for part in parts if mx.issubdtype(part.dtype, mx.floating)]
+        self.arrays = [fused, *self._stored, *(array for one in compared for array in one[:3])]
+
+    def read(self) -> tuple[bool, float, float, list[list[float]]]:
+        """Whether what the file holds is finite, the least and the greatest number of W', and `sums_of` each."""
+        if on_gpu():
+            finite, least, most, *sums = self.arrays[0].tolist()
+            return bool(finite), least, most, [sums[i : i + 4] for i in range(0, len(sums), 4)]
+        numbers, finite = as_numpy(self._fused), all(map(_finite, self._stored))
+        return finite, float(numbers.min()), float(numbers.max()), list(itertools.starmap(sums_of, self._compared))
+
+
+def _finite(stored: mx.array) -> bool:
+    """The same as `all_finite`, without an operation of MLX's."""
+    numbers, infinity = as_numpy(stored), 0x7F80  # of bfloat16, which NumPy sees as its bits
+    if stored.dtype == mx.bfloat16:
+        return bool(((numbers & infinity) != infinity).all())
+    return bool(np.isfinite(numbers).all())
+
+
 class SurvivalSum:
     """Adds up a layer's rows as they come by."""
 
@@ -87,15 +133,12 @@ class SurvivalSum:
 
     def add(self, base: mx.array, fused: mx.array, stored: mx.array) -> None:
         """Rows of W, W' and Ŵ, float32."""
-        rows = (base, fused, stored) if on_gpu() else (as_numpy(part).reshape(-1) for part in (base, fused, stored))
-        base_, fused_, stored_ = rows
-        with np.errstate(over="ignore", invalid="ignore"):  # `result` refuses what comes of it
-            wanted, kept = fused_ - base_, stored_ - base_
-            pairs = [(wanted, kept), (wanted, wanted), (kept, kept), (base_, base_)]
-            if on_gpu():
-                self._sums += mx.stack([(x * y).sum() for x, y in pairs]).tolist()
-            else:
-                self._sums += [float(np.einsum("i,i->", x, y)) for x, y in pairs]  # (np.dot wakes BLAS threads)
+        sums = sums_of(base, fused, stored)
+        self.add_sums(mx.stack(sums).tolist() if on_gpu() else sums)
+
+    def add_sums(self, sums: Sequence[float]) -> None:
+        """The `sums_of` some rows, as numbers."""
+        self._sums += sums
 
     def result(self, path: str) -> Survival:
         """The layer's two numbers; a layer with no update keeps all of it. Raises FormatError for NaN or Inf."""

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from mlx.utils import tree_flatten
 
@@ -19,12 +19,12 @@ from mlx_adapters.assembly.plan import (
 )
 from mlx_adapters.assembly.survival import (
     HELD,
+    RowsTold,
     Survival,
     SurvivalSum,
     all_finite,
     ends_early,
     not_finite,
-    require_finite,
     require_representable,
     sample,
 )
@@ -40,9 +40,9 @@ from mlx_adapters.models.loading import load_module
 from mlx_adapters.rounding.packed import Packed, dequantize, to_nearest
 from mlx_adapters.storage import tensor_names
 from mlx_adapters.system.door import mx, nn
-from mlx_adapters.system.machine import on_gpu
 
 Rounded = Callable[[str, Quantization | None], Packed | None]
+_Rows = tuple[list[mx.array], RowsTold]  # what the file holds of some rows, and what they tell
 
 
 def not_rounded(path: str, target: Quantization | None) -> None:
@@ -69,7 +69,7 @@ class Assembly:
     @property
     def source(self) -> BaseWeights:
         """The base, lazily read; writing consumes it."""
-        self.opened = self.opened or BaseWeights.of(load_module(self.base)[0])
+        self.opened = self.opened or BaseWeights.of(load_module(self.base, to_call=False)[0])
         return self.opened
 
     def close(self) -> None:
@@ -132,20 +132,30 @@ class Assembly:
         dtype = self.dtype if self.dtype is not None and floating and keep(name) else value.dtype
         path, leaf = tensor_names.split(name)
         owner, held = self._modules.get(path), [value]
+        begun: list[tuple[mx.array, list[mx.array]]] = []
+
+        def begin() -> None:
+            value = held.pop()
+            made = value.astype(dtype)
+            wrong = [mx.isnan(made).any()] if floating else []
+            if dtype != value.dtype:  # what was Inf already is the base's own
+                wrong.append(~all_finite(mx.where(mx.isfinite(value), made, 0)))
+            begun.append((made, wrong))
+            mx.async_eval(*begun)
 
         def make() -> list[mx.array]:
-            value = held.pop()
-            made = [value.astype(dtype)]
-            mx.eval(made)
-            if floating and mx.isnan(made[0]).any().item():
+            if not begun:
+                begin()
+            made, wrong = begun.pop()
+            if wrong and wrong[0].item():
                 raise FormatError(f"The base's '{name}' holds NaN.", "is the base whole?")
-            if dtype != value.dtype:  # what was Inf already is the base's own
-                require_finite(name, mx.where(mx.isfinite(value), made[0], 0))
+            if any(one.item() for one in wrong):
+                raise not_finite(name)
             if owner is not None and leaf in owner:
                 owner[leaf] = mx.zeros((0,))
-            return made
+            return [made]
 
-        return Unit([(name, dtype_name(dtype), tuple(value.shape))], make)
+        return Unit([(name, dtype_name(dtype), tuple(value.shape))], make, begin)
 
     @cached_property
     def _modules(self) -> dict[str, nn.Module]:
@@ -172,7 +182,7 @@ class Assembly:
 
         return Unit(layout, make, begin)
 
-    def _rows(self, plan: LayerPlan, packed: Packed | None) -> Iterator["_Rows"]:
+    def _rows(self, plan: LayerPlan, packed: Packed | None) -> Iterator[_Rows]:
         """The layer a few rows at a time, being computed; rows are independent in every step."""
         for start, stop in chunks(plan.shape):
             base = self.source.rows(plan.path, start, stop)
@@ -185,43 +195,32 @@ class Assembly:
             else:
                 piece = packed[start:stop] if packed is not None else to_nearest(fused, plan.target, self.scale_dtype)
                 parts, stored = list(piece.tensors.values()), dequantize(piece[some])
-            looked_at = plan.changed or ends_early(plan.target)
-            finite, compared = all_finite(*parts), (base[some], fused[some], stored) if looked_at else ()
-            (mx.async_eval if on_gpu() else mx.eval)(parts, finite, *compared)  # at once: each waits for a thread
-            made = [_Rows(fused, parts, finite, compared)]
-            del base, fused, parts, stored, finite, compared  # whoever takes them is the last to hold them
+            compared = [(base, fused, stored, some)] * plan.changed
+            compared += [(mx.zeros_like(base), fused, stored, some)] * ends_early(plan.target)
+            told = RowsTold(fused, parts, compared)
+            mx.async_eval(parts, told.arrays)  # at once: each waits for a thread
+            made = [(parts, told)]
+            del base, fused, parts, stored, compared, told  # whoever takes them is the last to hold them
             yield made.pop()
 
-    def _make_layer(self, plan: LayerPlan, rows: Iterator["_Rows"]) -> list[mx.array]:
+    def _make_layer(self, plan: LayerPlan, rows: Iterator[_Rows]) -> list[mx.array]:
         """The layer's tensors."""
         total, whole = SurvivalSum(), SurvivalSum()
         pieces: list[list[mx.array]] = []
-        for some in rows:
-            require_representable(plan.path, some.fused, self.scale_dtype if plan.target else self.weight_dtype)
-            if plan.target is not None and not some.finite.item():
+        for parts, told in rows:
+            finite, least, most, sums = told.read()
+            require_representable(plan.path, least, most, self.scale_dtype if plan.target else self.weight_dtype)
+            if plan.target is not None and not finite:
                 raise not_finite(plan.path)
-            pieces.append(some.parts)
-            if plan.changed:
-                total.add(*some.compared)
-            if ends_early(plan.target):
-                base, fused, stored = some.compared
-                whole.add(mx.zeros_like(base), fused, stored)
-            del some
+            pieces.append(parts)
+            for each, some in zip([total] * plan.changed + [whole] * ends_early(plan.target), sums, strict=True):
+                each.add_sums(some)
+            del parts, told
         if plan.changed:
             self.survival.append(total.result(plan.path))
         if whole.result(plan.path).cosine < HELD:
             self.lost.append(plan.path)
         return [mx.concatenate(parts) if len(parts) > 1 else parts[0] for parts in zip(*pieces, strict=True)]
-
-
-class _Rows(NamedTuple):
-    """Some rows of a layer: W' in float32, what the file holds of it and whether that is finite, and of a changed layer
-    W, W' and what is stored in some of them."""
-
-    fused: mx.array
-    parts: list[mx.array]
-    finite: mx.array
-    compared: tuple[mx.array, ...]
 
 
 def _one_ahead(rows: Iterator[_Rows]) -> Iterator[_Rows]:
@@ -273,7 +272,7 @@ def open_assembly(
 
     Raises IncompatibleError when an adapter does not fit, ModelError when mlx-lm cannot load the base.
     """
-    module, config = load_module(base)
+    module, config = load_module(base, to_call=False)
     for adapter, _ in updates.adapters:
         check_fits(adapter, module, f"'{base.name}'")
         if not any_base:

@@ -18,7 +18,6 @@ from mlx_adapters.storage import files, paths, tensor_files
 from mlx_adapters.storage.tensor_files import StoredTensor
 from mlx_adapters.system.door import mx
 from mlx_adapters.system.limits import trim_cache
-from mlx_adapters.system.machine import on_gpu
 
 SHARD_BYTES = 5 << 30
 TOKENIZER_CONFIG, TEMPLATE_FILE = "tokenizer_config.json", "chat_template.jinja"
@@ -102,7 +101,7 @@ def write_weights(
 
         def arrays(shard: list[Unit] = shard) -> Iterator[mx.array]:
             for unit, following in zip(shard, [*shard[1:], None], strict=True):
-                if following is not None and on_gpu():  # (a CPU is busy with this one)
+                if following is not None:
                     following.begin()
                 made = unit.make()
                 mx.eval(made)

@@ -29,6 +29,7 @@ from mlx_adapters.config.fusing import FuseOptions
 from mlx_adapters.config.quantization import BITS, DTYPES, MODES, Precision, Quantization
 from mlx_adapters.storage import files, paths
 from mlx_adapters.storage.tensor_names import REPORT_FILE
+from mlx_adapters.system.limits import for_good
 from mlx_adapters.units import count
 
 if TYPE_CHECKING:
@@ -131,7 +132,8 @@ def fuse_command(
       mlx-adapters fuse --again out/sql-4bit out/sql-4bit-again
       mlx-adapters fuse --check-only out/somebody-elses --adapter sql
     """
-    from mlx_adapters.fusion.fuse import fuse, fuse_again
+    with for_good():
+        from mlx_adapters.fusion.fuse import fuse, fuse_again
 
     refuse_outputs_that_are_read()
     asked, on_event = FuseOptions(**settings), _output.progress()
@@ -245,6 +247,8 @@ def _show(result: "FuseResult") -> None:
         f"{folder}: {'unquantized' if result.method == 'none' else how}, {_output.size(result.size_bytes)}, "
         f"{results.changed(result)}made in {_output.duration(result.seconds)}"
     )
+    if left := results.unquantized(result):
+        _output.say(left)
     if result.text and result.method == "calibrated":
         _output.say(f"Calibrated on {result.text['calibration_rows']} rows of {result.text['source']}.")
     for line in result.opened_with:

@@ -29,7 +29,7 @@ from mlx_adapters.events import Note, OnEvent, log_warnings
 from mlx_adapters.fusion import recipe as recipes
 from mlx_adapters.fusion.handover import check_program, hand_over
 from mlx_adapters.fusion.recipe import Recipe
-from mlx_adapters.fusion.result import FuseResult, report
+from mlx_adapters.fusion.result import UNQUANTIZED, FuseResult, report
 from mlx_adapters.models.adapter import Adapter, AdapterLike, templates_of
 from mlx_adapters.models.base import Base, BaseLike, Named
 from mlx_adapters.models.loading import load_tokenizer_of
@@ -37,6 +37,7 @@ from mlx_adapters.sources.bases import NAME_IT, full_fine_tune, recorded_base, r
 from mlx_adapters.sources.lookup import load_adapter, several
 from mlx_adapters.storage import files, paths, replacing
 from mlx_adapters.storage.tensor_names import FUSE_RECIPE_FILE, REPORT_FILE
+from mlx_adapters.system.blas import one_thread
 from mlx_adapters.system.door import mx
 from mlx_adapters.system.machine import versions
 from mlx_adapters.units import count
@@ -119,15 +120,16 @@ def fuse(
     strategy = Strategy(assembly, options, on_event)
     beside = companion_bytes(resolved) + writer.beside_bytes(assembly)
     paths.require_free_space(out, strategy.disk_bytes() + beside + SPARE_BYTES)
-    made_of = asdict(_recipe(strategy, writer, given, dtype))
-    key = key_of(made_of | {"options": made_of["options"] | WITHOUT_ROUNDING})
     calibrates = strategy.method == "calibrated" and strategy.text is not None
     require(calibrates or not resume, "Only a calibrated fuse can be continued.", "leave --continue out.")
-    keeping = spooled(out, key, resume, on_event) if calibrates else nullcontext(Spool(out))
+    keeping = (
+        spooled(out, _key(strategy, writer, given, dtype), resume, on_event) if calibrates else nullcontext(Spool(out))
+    )
     folders = files.atomic_folder(out, overwrite, ours)
     with keeping as spool, folders as folder, ThreadPoolExecutor(1) as hashing:  # locked before drafts are swept
         strategy.round(spool)
-        written = writer.write(assembly, folder, spool.get, on_event)
+        with one_thread():  # updates are products of thin matrices
+            written = writer.write(assembly, folder, spool.get, on_event)
         hashes = hashing.submit(recipes.weights_sha256, folder, written.sha256)
         template_notes = _write_template(folder, resolved, [a for a, _ in updates.adapters], options.format)
         opened, unsaid = _hand_over(options, folder, out, resolved, updates)
@@ -200,12 +202,17 @@ def choose_base(base: BaseLike | None, updates: Updates) -> Base:
 
 
 def _notes(assembly: Assembly, on_event: OnEvent) -> tuple[str, ...]:
-    notes = tuple(f"{plan.path}: {plan.note}" for plan in assembly.plans if plan.note)
-    if notes and all(plan.target is None for plan in assembly.plans):
-        raise ConfigError(f"No layer can be quantized like that. {notes[0]}.", "choose a smaller --group-size.")
-    if notes:
-        on_event(Note(f"{count(len(notes), 'layer')} not quantized; {notes[0]}.", "warning"))
-    return notes
+    """What is to be told of layers that are not as asked: of all together, then of each."""
+    plans, left = assembly.plans, [plan for plan in assembly.plans if plan.note]
+    if not left:
+        return ()
+    first = f"{left[0].path}: {left[0].note}"
+    if all(plan.target is None for plan in plans):
+        raise ConfigError(f"No layer can be quantized like that; {first}.", "choose a smaller --group-size.")
+    share = sum(plan.parameters for plan in left) / sum(plan.parameters for plan in plans)
+    whole = f"{count(len(left), 'layer')} of {len(plans)} {UNQUANTIZED}, {share:.0%} of the weights; {first}"
+    on_event(Note(f"{whole}. A smaller --group-size may fit.", "warning"))
+    return (whole, *(f"{plan.path}: {plan.note}" for plan in left))
 
 
 def _write_template(folder: Path, base: Base, adapters: Sequence[Adapter], form: str) -> list[str]:
@@ -237,6 +244,12 @@ def _refuse_unfaithful(result: FuseResult, options: FuseOptions) -> None:
             f"KL from the adapter model is {fidelity.kl_mean:.4g} nats per token, above the {limit:g} allowed.",
             "allow more bits, or keep the model all the same with --force.",
         )
+
+
+def _key(strategy: Strategy, writer: Writer, given: Sequence[AdapterLike], dtype: str) -> str:
+    """What tells this rounding of layers from others."""
+    made_of = asdict(_recipe(strategy, writer, given, dtype))
+    return key_of(made_of | {"options": made_of["options"] | WITHOUT_ROUNDING})
 
 
 def _recipe(strategy: Strategy, writer: Writer, given: Sequence[AdapterLike], dtype: str) -> Recipe:

@@ -16,6 +16,8 @@ from mlx_adapters.storage.tensor_files import stored_tensors
 from mlx_adapters.storage.tensor_names import BIASES, SCALES, split
 from mlx_adapters.units import count, duration, number, size
 
+UNQUANTIZED = "left unquantized"
+
 
 @dataclass(frozen=True)
 class FuseResult(Table):
@@ -142,6 +144,11 @@ def html(result: FuseResult) -> str:
         layers(result.survival, result.quantization),
         page.section("How it was made", page.paragraphs([how, *on_text, *result.opened_with])),
     )
+
+
+def unquantized(result: FuseResult) -> str:
+    """A sentence on layers that the groups asked for do not fit; empty where there are none."""
+    return next((f"{note}." for note in result.notes if UNQUANTIZED in note), "")
 
 
 def changed(result: FuseResult) -> str:

@@ -145,8 +145,11 @@ def set_precision(module: nn.Module, dtype: str = "auto", dense: bool | None = N
         module.set_dtype(getattr(mx, "float32" if dtype == "auto" else dtype))
 
 
-def load_module(base: Base) -> tuple[nn.Module, dict[str, Any]]:
-    """mlx-lm's module with lazy weights, in evaluation mode, and its config. All work with a model begins here."""
+def load_module(base: Base, to_call: bool = True) -> tuple[nn.Module, dict[str, Any]]:
+    """mlx-lm's module with lazy weights, in evaluation mode, and its config. All work with a model begins here.
+
+    Without `to_call` it is for reading its weights: what it needs to compute as it generates is left out.
+    """
     wire_memory()
     files, config = len(base.weight_files), replace(base, untied=False, rows=None).config
 
@@ -171,7 +174,8 @@ def load_module(base: Base) -> tuple[nn.Module, dict[str, Any]]:
         if base.parameters:
             _put(module, base.parameters, base.tuned is not None)
         trace(module)
-        compute_as_generated(module)
+        if to_call:
+            compute_as_generated(module)
     return module, config
 
 

@@ -161,12 +161,12 @@ class NumpyEngine:
         inverse, block = 1 / scale, np.ascontiguousarray(block)
         bias = bias if grid.has_bias else np.zeros_like(scale)
         targets, aims = (target - bias) * inverse, (weight - bias) * inverse
-        taken, fed, nearest = np.empty_like(targets), np.empty_like(targets), _nearest(grid)
-        for j in range(len(targets)):
+        taken, fed, nearest = np.empty_like(targets), np.empty_like(targets), _nearest(grid, targets.shape[-1])
+        for j, (wanted, aim, level, error, feeding) in enumerate(zip(targets, aims, taken, fed, block, strict=True)):
             if j:
-                targets[j] += block[j, :j] @ fed[:j]
-            nearest(targets[j], taken[j])
-            np.subtract(aims[j], taken[j], out=fed[j])
+                wanted += np.dot(feeding[:j], fed[:j])
+            nearest(wanted, level)
+            np.subtract(aim, level, out=error)
         codes = grid.order[np.searchsorted(grid.middles, taken)] if isinstance(grid, FloatGrid) else taken
         return codes.astype(np.uint8), taken * scale + bias
 
@@ -198,7 +198,7 @@ def _more_damping() -> Iterator[float]:
         extra *= 4
 
 
-def _nearest(grid: Grid) -> Callable[[np.ndarray, np.ndarray], None]:
+def _nearest(grid: Grid, rows: int) -> Callable[[np.ndarray, np.ndarray], None]:
     """A function that puts the levels nearest to a column (out,) into its other argument, both in steps of the grid."""
     if isinstance(grid, FloatGrid):
         levels = grid.levels[grid.order]
@@ -207,12 +207,12 @@ def _nearest(grid: Grid) -> Callable[[np.ndarray, np.ndarray], None]:
             taken[:] = levels[np.searchsorted(grid.middles, wanted)]
 
         return nearest_level
-    top = np.float32(grid.top)
+    lowest, highest = np.zeros(rows, np.float32), np.full(rows, grid.top, np.float32)  # (a number takes longer)
 
     def nearest_code(wanted: np.ndarray, taken: np.ndarray) -> None:
         np.rint(wanted, out=taken)
-        np.maximum(taken, 0, out=taken)
-        np.minimum(taken, top, out=taken)
+        np.maximum(taken, lowest, out=taken)
+        np.minimum(taken, highest, out=taken)
 
     return nearest_code
 

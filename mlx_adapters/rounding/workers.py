@@ -36,6 +36,7 @@ from mlx_adapters.rounding.feedback import (
 )
 from mlx_adapters.rounding.grids import Array
 from mlx_adapters.rounding.packed import Packed
+from mlx_adapters.system.blas import one_thread
 from mlx_adapters.system.machine import child_environment, memory_beside_model_bytes, performance_cores
 
 MOST_WORKERS = 64
@@ -203,7 +204,8 @@ class Workers:
         """Run a task; waits until there is room for it."""
         if self._threads is None:
             done: Future[list[Done]] = Future()
-            done.set_result(task.run(self.engine))
+            with one_thread():
+                done.set_result(task.run(self.engine))
             return done
         mx.eval(task.arrays)  # another thread than the one that made them cannot
         need = task.nbytes

@@ -4,6 +4,7 @@ The format is eight bytes of header length, a JSON header and the raw tensors. W
 stream to the disk tensor by tensor, and a full disk is noticed where it happens.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -21,13 +22,12 @@ from mlx_adapters.errors import FormatError, NotFoundError
 from mlx_adapters.storage.files import atomic_file
 from mlx_adapters.storage.paths import refuse_pointer, require_free_space, undrafted, unreadable, why_gone
 from mlx_adapters.storage.replacing import stat_of
+from mlx_adapters.storage.temporaries import flush
 from mlx_adapters.storage.tensor_names import ADAPTER_FILE, CHECKPOINT_FILE, checkpoint_file
 
 BLOCK = 16 << 20  # bytes copied at once
-LARGE, WAITING = (
-    4 << 20,
-    2,
-)  # bytes of a tensor that is hashed and written beside the next ones, on a GPU; so many may wait
+LARGE, WAITING = 4 << 20, 2  # bytes of a tensor that is hashed and written beside the next ones, on a GPU; so many wait
+DIRTY = 64 << 20  # bytes after which a file's beginning is put on the disk beside the writing of the rest
 DTYPES = {
     "float32": "F32",
     "float16": "F16",
@@ -58,9 +58,9 @@ def write_safetensors(
     layout = [(name, str(tensors[name].dtype).removeprefix("mlx.core."), tensors[name].shape) for name in names]
     import mlx.core as mx
 
-    bits = [_bits(tensors[name]) for name in names]
-    mx.eval(bits)  # all at once: each evaluation waits for another thread
-    return stream_safetensors(path, layout, bits, metadata, hashed)
+    arrays = [tensors[name] for name in names]
+    mx.eval(arrays)  # all at once: each evaluation waits for another thread
+    return stream_safetensors(path, layout, arrays, metadata, hashed)
 
 
 def stream_safetensors(
@@ -87,9 +87,21 @@ def stream_safetensors(
     import mlx.core as mx
 
     beside = mx.default_device().type == mx.DeviceType.gpu  # (a CPU is busy with what makes the next ones)
-    with atomic_file(path) as stream, ThreadPoolExecutor(1) as hasher, ThreadPoolExecutor(1) as writer:
-        digest, hashing, writing = hashlib.sha256(), deque[Future[Any]](), deque[Future[Any]]()
-        ways: list[tuple[Any, ...]] = [(writing, writer, stream.write), (hashing, hasher, digest.update)]
+    with atomic_file(path) as stream, contextlib.ExitStack() as threads:
+        hasher, writer, flusher = (threads.enter_context(ThreadPoolExecutor(1)) for _ in range(3))
+        digest, hashing, writing, flushing = hashlib.sha256(), *(deque[Future[Any]]() for _ in range(3))
+        dirty = 0
+
+        def put(data: bytes | memoryview) -> None:
+            nonlocal dirty
+            stream.write(data)
+            dirty += len(data)
+            _wait(flushing, 1)
+            if dirty > DIRTY and not flushing:
+                flushing.append(flusher.submit(flush, stream.fileno(), False))
+                dirty = 0
+
+        ways: list[tuple[Any, ...]] = [(writing, writer, put), (hashing, hasher, digest.update)]
 
         def write(data: bytes | memoryview) -> None:
             for begun, worker, take in ways[: 1 + hashed]:
@@ -105,8 +117,8 @@ def stream_safetensors(
             if tuple(array.shape) != tuple(shape) or (made != dtype and (made, dtype) != ("uint16", "bfloat16")):
                 raise ValueError(f"{name}: promised {dtype} {shape}, got {array.dtype} {array.shape}")
             write(raw_bytes(array))
-        _wait(hashing, 0)
-        _wait(writing, 0)
+        for begun in (hashing, writing, flushing):
+            _wait(begun, 0)
     return digest.hexdigest() if hashed else ""
 
 
@@ -127,14 +139,19 @@ def as_numpy(array: Any) -> Any:
     """An MLX array as a NumPy view of the same memory, bfloat16 as its bits in uint16.
 
     It is evaluated first: where that fails (a file that is shorter than it was, no memory), NumPy's own way to it
-    ends the process instead of raising.
+    ends the process instead of raising. Of what is evaluated already MLX is asked nothing more: it would first do all
+    that was begun since.
     """
     import mlx.core as mx
     import numpy as np
 
-    bits = _bits(array)
-    mx.eval(bits)
-    return np.array(bits, copy=False)
+    mx.eval(array)
+    if array.dtype != mx.bfloat16:
+        return np.array(array, copy=False)
+    memory = memoryview(array)
+    if memory.c_contiguous and array.size:
+        return np.frombuffer(memory, np.uint16).reshape(array.shape)
+    return np.array(mx.view(mx.contiguous(array.reshape(-1)), mx.uint16)).reshape(array.shape)
 
 
 def raw_bytes(array: Any) -> memoryview | bytes:
@@ -144,15 +161,6 @@ def raw_bytes(array: Any) -> memoryview | bytes:
     if array.size == 0:
         return b""
     return np.ascontiguousarray(as_numpy(array)).reshape(-1).data.cast("B")
-
-
-def _bits(array: Any) -> Any:
-    """The array in a type that NumPy knows, with the same bits: bfloat16 as uint16."""
-    import mlx.core as mx
-
-    if array.dtype != mx.bfloat16:
-        return array
-    return array.view(mx.uint16) if array.ndim else array.reshape(1).view(mx.uint16).reshape(())
 
 
 def _refuse_pipe(path: str | Path) -> None:

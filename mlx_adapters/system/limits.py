@@ -6,6 +6,7 @@ between two uses unless the process asks for them to stay (from macOS 15 on); ml
 
 import contextlib
 import functools
+import gc
 import resource
 from collections.abc import Iterator
 
@@ -95,3 +96,17 @@ def memory_near(size: int | None) -> Iterator[None]:
 def as_little_memory_as_will_do() -> contextlib.AbstractContextManager[None]:
     """Within the block a GPU's work is never ahead: what is measured here is what the work needs."""
     return memory_near(1)
+
+
+@contextlib.contextmanager
+def for_good() -> Iterator[None]:
+    """What is made within the block, such as imported modules, and all before it, is never searched for garbage.
+
+    For a program's beginning, not for a library: to go through what mlx-lm imports takes 0.04 s each time.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()

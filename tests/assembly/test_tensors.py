@@ -1,6 +1,7 @@
 """A fused model holds none of its base's packed tensors where it is to hold none, whatever layers they are of."""
 
 import shutil
+from dataclasses import astuple
 
 import mlx.core as mx
 import numpy as np
@@ -9,7 +10,7 @@ from helpers.fusing import IDS, visible_adapter
 from helpers.tiny_configs import tiny_base
 from mlx_lm.utils import load_model as load_as_mlx_lm_does
 
-from mlx_adapters.assembly import tensors, writing
+from mlx_adapters.assembly import survival, tensors
 from mlx_adapters.assembly.tensors import Assembly
 from mlx_adapters.config.fusing import FuseOptions
 from mlx_adapters.config.quantization import Quantization
@@ -38,21 +39,23 @@ def test_layers_of_all_kinds_become_unquantized(architecture, form, tmp_path):
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3_moe"])
-def test_the_next_layer_is_begun_before_this_one_is_written_on_a_gpu_and_the_bytes_are_the_same(
+def test_the_next_layer_is_begun_before_this_one_is_written_and_in_pieces_as_on_a_gpu_it_is_the_same(
     architecture, tmp_path, monkeypatch
 ):
     base = tiny_base(tmp_path / "base", architecture)
     ingredients, options = (base, visible_adapter(base)), FuseOptions(method="nearest", check=False)
-    fuse(*ingredients, tmp_path / "alone", quantization=4, options=options)
+    monkeypatch.setattr(tensors, "sample", lambda rows: slice(None))
+    whole = fuse(*ingredients, tmp_path / "alone", quantization=4, options=options)
     began, rows, make = [], Assembly._rows, Assembly._make_layer
-    for module in (tensors, writing):
-        monkeypatch.setattr(module, "on_gpu", lambda: True)
+    monkeypatch.setattr(survival, "on_gpu", lambda: True)
     monkeypatch.setattr(tensors, "chunks", lambda shape: [(0, shape[0] // 2), (shape[0] // 2, shape[0])])
     monkeypatch.setattr(Assembly, "_rows", lambda own, plan, packed: began.append(plan.path) or rows(own, plan, packed))
     monkeypatch.setattr(Assembly, "_make_layer", lambda own, plan, some: began.append("") or make(own, plan, some))
     made = fuse(*ingredients, tmp_path / "ahead", quantization=4, options=options)
     assert (tmp_path / "alone" / FILE).read_bytes() == (tmp_path / "ahead" / FILE).read_bytes()
     assert len([path for path in began if path]) == len(set(began)) - 1 >= len(made.survival) > 8
+    for one, other in zip(made.survival, whole.survival, strict=True):
+        assert astuple(one)[1:] == pytest.approx(astuple(other)[1:], rel=1e-4)
     order = "".join("b" if path else "m" for path in began)
     assert "bbm" in order and "bbb" not in order
     recorded = files.read_json(tmp_path / "ahead" / FUSE_RECIPE_FILE)["weights_sha256"]

@@ -145,8 +145,9 @@ def test_bfloat16_is_rounded_once(tiny_model, tmp_path):
 def test_a_group_that_does_not_divide_leaves_the_layer_unquantized_and_says_so(tiny_model, tmp_path):
     folder = tiny_model("llama", intermediate_size=96)
     result = fuse(folder, visible_adapter(folder), tmp_path / "out", quantization=Quantization(4, 64))
-    assert [note.split(":")[0] for note in result.notes] == [f"model.layers.{i}.mlp.down_proj" for i in range(2)]
-    assert "96 inputs" in result.notes[0]
+    whole, *each = result.notes
+    assert [note.split(":")[0] for note in each] == [f"model.layers.{i}.mlp.down_proj" for i in range(2)]
+    assert "96 inputs" in each[0] and "2 layers of" in whole
     assert np.isfinite(logits(tmp_path / "out")).all()
 
 
@@ -207,6 +208,23 @@ def test_bad_input_leaves_nothing(tiny_model, tmp_path):
     with pytest.raises(ExistsError):
         fuse(folder, adapter, out)
     assert not list(tmp_path.glob(".mlx-adapters-tmp-*"))
+
+
+def test_layers_that_groups_do_not_fit_are_told_of_in_the_summary_and_the_result(tiny_model, tmp_path, home):
+    folder = tiny_model("llama", num_hidden_layers=1)  # 64 wide, but for down_proj's 128 inputs
+    write_adapter(visible_adapter(folder), home / "adapters" / "tiny")
+    asked = ["fuse", "tiny", str(tmp_path / "out"), "--bits", "3", "--group-size", "128", "--method", "nearest"]
+    run = CliRunner().invoke(cli, [*asked, "--no-check"])
+    assert run.exit_code == 0, run.output
+    plans = {path: layer.weight.size for path, layer in adaptable_layers(load_module(resolve_base(folder))[0]).items()}
+    fits = next(size for path, size in plans.items() if path.endswith("down_proj"))
+    share = (
+        f"{len(plans) - 1} layers of {len(plans)} left unquantized, {1 - fits / sum(plans.values()):.0%} of the weights"
+    )
+    assert run.stdout.count(share) == 1 and f"Warning: {share}" in run.stderr
+    notes = json.loads((tmp_path / "out" / "fuse_report.json").read_text())["notes"]
+    assert notes[0].startswith(share) and len(notes) == len(plans)
+    assert notes[1].endswith("its 64 inputs cannot be cut into groups of 128")
 
 
 def test_nan_and_inf_are_refused(tiny_model, tmp_path):

@@ -163,3 +163,25 @@ def test_large_tensors_and_small_ones_come_in_their_order_and_a_disk_that_refuse
     with pytest.raises(OSError, match="full"):
         stream(tmp_path / "refused")
     assert data.startswith(small.getvalue()) and len(small.getvalue()) == len(data) - 68
+
+
+def test_a_long_file_goes_to_the_disk_beside_the_writing_of_its_rest_and_a_disk_that_refuses_is_heard(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(tensor_files, "DIRTY", 1000)
+    tensors = [mx.full((100,), i, mx.float32) for i in range(20)]
+    layout = [(f"{i:02d}", "float32", (100,)) for i in range(20)]
+    sizes = []
+
+    def flush(descriptor, platter=True):
+        sizes.append(os.fstat(descriptor).st_size)
+        if len(sizes) > 1:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(tensor_files, "flush", flush)
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        tensor_files.stream_safetensors(tmp_path / "refused", layout, iter(tensors))
+    assert len(sizes) == 2 and not list(tmp_path.iterdir())
+    monkeypatch.setattr(tensor_files, "flush", lambda *_: sizes.append(0))
+    tensor_files.stream_safetensors(tmp_path / "whole", layout, iter(tensors))
+    assert len(sizes) > 3 and mx.array_equal(read_safetensors(tmp_path / "whole")["19"], tensors[19])
