@@ -1,13 +1,14 @@
 """Chats of several clients with this server and with mlx-lm's, in one run on one machine.
 
     python scripts/benchmarks/chats.py [--base demo] [base long adapter mixed structured] [--rounds 3] [--json FILE]
-    python scripts/benchmarks/chats.py --shape 4b --seconds 140    # random weights of that shape, 4 bits on a GPU
+    python scripts/benchmarks/chats.py adapter mixed structured base --shape 4b --seconds 220    # a GPU, 4 bits
 
 Each client has a chat of five turns: it sends what was said so far and a new text of its own, and reads the answer as
 it is written, a fixed number of tokens (the end tokens are forbidden by `logit_bias`, or have no weights). All servers
-run from the beginning to the end. In each round every leg has its turn, the largest crowds first, and in a leg the
-sides in shuffled order, with new texts; before its first turn a leg is played shortly, and not counted. Shown are
-medians and, in brackets, the range over the rounds. On a CPU both get OpenBLAS and a float32 copy of the base.
+run from the beginning to the end. In each round every leg has its turn, the largest crowds first (`mixed` has two,
+`structured` three), and in a leg each side is first in turn, with new texts; before its first turn a leg is played
+shortly, and not counted. `--seconds`: what would end later is not begun. Shown are medians and, in brackets, the range
+over the rounds. On a CPU both get OpenBLAS and a float32 copy of the base.
 
 - base: 1, 4 and 16 clients without an adapter
 - long: one client, whose first text is long
@@ -47,6 +48,10 @@ SHORT_ALONE = {"turns": 5, "tokens": 14}
 SCHEMA = {"type": "object", "properties": {"said": {"type": "string", "minLength": 500}}, "required": ["said"]}
 SCHEMA |= {"additionalProperties": False}
 FORMAT = {"type": "json_schema", "json_schema": {"name": "said", "schema": SCHEMA, "strict": True}}
+OFTENER = {
+    "mixed": 2,
+    "structured": 3,
+}  # both sides are this server's, and near each other: more rounds tell them apart
 SHOWN = ("tokens_per_second", "first", "later")
 WORDS = (ROOT / "LICENSE").read_text().lower().split()
 # With the same BLAS, and room for clients that come at once: its own 5 lets others wait a second, or loses them.
@@ -205,8 +210,11 @@ def legs_of(options, ours, theirs):
 
 
 def race(legs, options, end):
-    """{title: {side: [figures of each round]}}, as far as the time reaches, a line of each as it is known."""
-    start, results = time.monotonic(), {}
+    """{title: {side: [figures of each round]}}, as far as the time reaches, a line of each as it is known.
+
+    Next comes always the leg that is furthest behind, among those that would end in time.
+    """
+    start, results, lasted, played_rounds = time.monotonic(), {}, {}, dict.fromkeys(legs, 0)
 
     def say(*words):
         print(f"[{time.monotonic() - start:5.1f}]", *words, file=sys.stderr, flush=True)
@@ -218,10 +226,11 @@ def race(legs, options, end):
     def turn(number, title, sides):
         for side, play in sides.items() if number == 0 else ():
             played(play, f"short {side}", **(SHORT_ALONE if " 1 client" in title else SHORT))
-        figures = {}
-        for side in random.Random(f"{number} {title}").sample(list(sides), len(sides)):
+        figures, begun = {}, time.monotonic()
+        for side in list(sides)[:: -1 if number % 2 else 1]:
             figures[side] = played(sides[side], f"{number} {title}")
             say(f"{title}, round {number + 1}, {side}:", {key: round(x, 3) for key, x in figures[side].items()})
+        lasted[title] = time.monotonic() - begun
         first, second = (figures[side] for side in sides)
         say(
             f"{title}, {' / '.join(sides)}:", {key: round(first[key] / second[key], 3) for key in SHOWN if key in first}
@@ -229,14 +238,20 @@ def race(legs, options, end):
         for side in sides:
             results.setdefault(title, {}).setdefault(side, []).append(figures[side])
 
-    for number in range(options.rounds):
-        for title, sides in legs.items():
-            try:
-                turn(number, title, sides)
-            except TimeoutError:
-                return results
-            except (httpx.HTTPError, RuntimeError) as error:
-                say(f"{title}: failed: {error!r}")
+    def behind(title):
+        return played_rounds[title] / OFTENER.get(title.partition(",")[0], 1)
+
+    while left := [
+        title for title in legs if behind(title) < options.rounds and time.monotonic() + lasted.get(title, 0) < end
+    ]:
+        title = min(left, key=behind)
+        try:
+            turn(played_rounds[title], title, legs[title])
+        except TimeoutError:
+            break
+        except (httpx.HTTPError, RuntimeError) as error:
+            say(f"{title}: failed: {error!r}")
+        played_rounds[title] += 1
     return results
 
 
@@ -307,6 +322,7 @@ def show(name, figures):
     """Rows of the table."""
     first, second = list(figures)
     keys = [key for key in SHOWN if key in figures[first][0]]
+    name += f" ({len(figures[first])} rounds)"
     for side, rounds in figures.items():
         cells = [median([one[key] for one in rounds], "{:.1f}" if key == SHOWN[0] else "{:.2f}") for key in keys]
         print(f"| {name} | {side} | " + " | ".join(cells) + " |")

@@ -33,6 +33,14 @@ QWEN3 |= {"vocab_size": 151_936, "max_position_embeddings": 40_960, "rope_theta"
 SHAPES = {
     "4b": {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32},
     "0.6b": {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16},
+    "narrow": {  # of many layers, which take a device no time
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+    },
     "gated-delta": {  # a tiny Qwen 3.5, three of whose four blocks are recurrences
         "model_type": "qwen3_5",
         "text_config": {
