@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mlx_adapters.drafting import one_token
-from mlx_adapters.surgery.caches import merged
+from mlx_adapters.surgery.caches import Text, joined, merged
 from mlx_adapters.surgery.cuda import hand_over
 from mlx_adapters.surgery.padded import give_room
 from mlx_adapters.system.door import KVCache, mx, nn
@@ -50,17 +50,16 @@ class Batch:
         self.settle()
         self._one = None
 
-    def join(self, caches: Sequence[list[Any]]) -> None:
-        """Take rows in, each with the cache that it was read into."""
+    def join(self, texts: Sequence[Text]) -> None:
+        """Take rows in, as they were read."""
         self._change()
         if not self.layers:
-            self.alone = len(caches) == 1
-            self.layers = caches[0] if self.alone else merged(caches)
-            self._hand_over()
-            return
-        self.layers, self.alone = merged([self.layers]) if self.alone else self.layers, False
-        for mine, more in zip(self.layers, merged(caches), strict=True):
-            mine.extend(more)
+            self.alone = len(texts) == 1
+            self.layers = texts[0].own if self.alone else joined(texts)
+        else:
+            self.layers, self.alone = merged([self.layers]) if self.alone else self.layers, False
+            for mine, more in zip(self.layers, joined(texts), strict=True):
+                mine.extend(more)
         self._hand_over()
 
     def row(self, number: int) -> list[Any]:

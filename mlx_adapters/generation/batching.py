@@ -25,7 +25,7 @@ from mlx_adapters.prompt_caches.quantized import new_layers, reaching, require_q
 from mlx_adapters.runtime.attached import Attached
 from mlx_adapters.runtime.pool import AdapterPool
 from mlx_adapters.runtime.row_attention import attending
-from mlx_adapters.surgery.caches import batches
+from mlx_adapters.surgery.caches import Text, batches
 from mlx_adapters.surgery.cuda import generating
 from mlx_adapters.system.door import make_prompt_cache, mx, nn
 
@@ -56,6 +56,7 @@ class Batcher:
         self._batch = Batch(module)
         self._chosen: Chosen | None = None
         self._steps = 0
+        self.before_waiting: Callable[[], None] = lambda: None  # called where the device gets its work
         self._mixed: tuple[list[Attached | None], bool] = ([], True)
 
     @property
@@ -144,6 +145,7 @@ class Batcher:
         with self.pool.routed([row.request.adapter for row in self.rows]):
             mark = Mark(self._batch.layers, width)
             logits = self.module(inputs, cache=self._batch.layers)  # (rows, width, vocabulary)
+            self.before_waiting()
             steps = [
                 row.follow(tokens, here, total, logprobs)
                 for row, tokens, here, (_, total, logprobs) in zip(self.rows, read, logits, chosen.rows, strict=True)
@@ -165,6 +167,7 @@ class Batcher:
         tokens = []
         with self.pool.routed([row.request.adapter for row in self.rows]), attending(len(self.rows)):
             self._chosen = self._forward(chosen.tokens)
+            self.before_waiting()
             mx.async_eval(*(part for part in vars(self._chosen).values() if part is not None))
         keep = []
         for row, (token, total, logprobs) in zip(self.rows, chosen.rows, strict=True):
@@ -188,16 +191,14 @@ class Batcher:
         """What follows the tokens `inputs` (rows,)."""
         logits = self._batch(inputs, len(self.rows[0].written))
         if any(row.request.constraint is not None for row in self.rows):
+            self.before_waiting()
             mx.async_eval(logits)  # computed while the masks are
             for row, token in zip(self.rows, inputs.tolist(), strict=True):
                 row.advance(token)
         following = mx.argmax(logits, axis=-1)
-        if not all(row.plain for row in self.rows):
-            parts = [
-                following[i : i + 1] if row.plain else row.choose(inputs[i : i + 1], logits[i : i + 1])
-                for i, row in enumerate(self.rows)
-            ]
-            following = mx.concatenate(parts)
+        for i, row in enumerate(self.rows):
+            if not row.plain:
+                following[i : i + 1] = row.choose(inputs[i : i + 1], logits[i : i + 1])
         total = mx.logsumexp(logits, axis=-1)
         if all(row.request.top_logprobs is None for row in self.rows):
             return Chosen(following, total)
@@ -205,12 +206,14 @@ class Batcher:
 
     def _admit(self) -> None:
         """Read waiting prompts for a while; those that are read join the batch."""
+        if not self.reader.idle:
+            self.before_waiting()
         for readings in self.reader.read(self._fits, self.max_batch - len(self.rows), bool(self.rows)):
-            self._join([reading.request for reading in readings], [reading.cache for reading in readings])
+            self._join([reading.request for reading in readings], [reading.text for reading in readings])
 
-    def _join(self, requests: Sequence[Request], caches: Sequence[list[Any]]) -> None:
+    def _join(self, requests: Sequence[Request], texts: Sequence[Text]) -> None:
         last = mx.array([request.prompt[-1] for request in requests], dtype=mx.uint32)
-        self._batch.join(caches)
+        self._batch.join(texts)
         self._chosen = self._chosen.joined(last) if self._chosen else Chosen(last, mx.zeros(len(requests)))
         self.rows += [Row(request, self._drafter.begin() if self._drafter else None) for request in requests]
 

@@ -18,7 +18,7 @@ from mlx_adapters.prompt_caches.layers import holds
 from mlx_adapters.prompt_caches.probing import comes_back
 from mlx_adapters.prompt_caches.tree import PrefixTree
 from mlx_adapters.runtime.pool import AdapterPool
-from mlx_adapters.surgery.caches import read_rows, reads_rows
+from mlx_adapters.surgery.caches import Text, read_rows, reads_rows
 from mlx_adapters.surgery.cuda import hand_over
 from mlx_adapters.system.door import mx, nn
 from mlx_adapters.system.machine import on_gpu
@@ -76,7 +76,7 @@ class Reader:
             return True
         for reading in self.readings[:]:
             if reading.request is request:
-                self.remember(request, request.prompt[: reading.done], reading.cache)
+                self.remember(request, request.prompt[: reading.done], reading.text.own)
                 self.readings.remove(reading)
                 return True
         return False
@@ -142,10 +142,11 @@ class Reader:
 
     def _begin(self, request: Request) -> Reading:
         """Begin to read a prompt after what is known of it."""
-        reading = Reading(request, self._make_cache())
+        reading = Reading(request, Text(self._make_cache()))
         if not request.scores and self.known.limit:
-            reading.cache, reading.done = self.known.find(request.weights, request.prompt[:-1])
-            hand_over([layer.state for layer in reading.cache] if reading.done else [])
+            cache, reading.done = self.known.find(request.weights, request.prompt[:-1])
+            reading.text = Text(cache)
+            hand_over([layer.state for layer in cache] if reading.done else [])
             request.cached_tokens = reading.done
             if self.known.by_moments:  # then a message's end is a place to go on from
                 ends = [i + 1 for i, token in enumerate(request.prompt[:-1]) if token in request.stop_tokens]
@@ -185,20 +186,21 @@ class Reader:
         pieces = [reading.piece(most) for reading in group]
         with self.pool.routed([reading.request.adapter for reading in group]):
             if first.request.scores:
-                logits = self.module(mx.array(pieces), cache=first.cache)
+                logits = self.module(mx.array(pieces), cache=first.text.own)
                 self._score(first.request, logits[0], first.done + 1)
             else:
-                caches = read_rows(self.module, [reading.cache for reading in group], pieces)
-                for reading, cache in zip(group, caches, strict=True):
-                    reading.cache = cache
-            states = [layer.state for reading in group for layer in reading.cache]
+                texts = read_rows(self.module, [reading.text for reading in group], pieces)
+                for reading, text in zip(group, texts, strict=True):
+                    reading.text = text
+            held = {id(layer): layer for reading in group for layer in reading.text.layers}
+            states = [layer.state for layer in held.values()]
             tokens = len(group) * max(map(len, pieces))
             waits = not 0 < self._pace * tokens < MOMENT
             mx.eval(states) if waits else mx.async_eval(states)
         for reading, piece in zip(group, pieces, strict=True):
             reading.done += len(piece)
             if reading.done in reading.stops or (reading.left == 0 and self._is_kept_now(reading)):
-                self.remember(reading.request, reading.request.prompt[: reading.done], reading.cache)
+                self.remember(reading.request, reading.request.prompt[: reading.done], reading.text.own)
         if waits:
             self._note(tokens, time.perf_counter() - begun)
         return tokens
@@ -207,7 +209,8 @@ class Reader:
         """Whether a prompt is kept before its answer is there: if it was long, or somebody waits, or it can only be
         gone on from at its end (which the first one tells)."""
         long = reading.done - reading.request.cached_tokens >= WORTH_KEEPING
-        return long or bool(self.waiting) or self.known.by_moments or not len(self.known)
+        wanted = long or bool(self.waiting) or self.known.by_moments or not len(self.known)
+        return self.known.limit > 0 and wanted
 
     def _note(self, tokens: int, seconds: float) -> None:
         """Learn how fast the device reads, of passes that it works for; a slow one may have compiled kernels."""
@@ -229,4 +232,4 @@ def _are_alike(group: Sequence[Reading], width: int) -> bool:
     ahead = max(reading.done for reading in group) + width
     texts = [reading.done + piece for reading, piece in zip(group, pieces, strict=True)]
     padded = any(len(group) * max(lengths) > 2 * sum(lengths) for lengths in (pieces, texts))
-    return not padded and all(holds(layer, ahead) for reading in group for layer in reading.cache)
+    return not padded and all(holds(layer, ahead) for reading in group for layer in reading.text.layers)

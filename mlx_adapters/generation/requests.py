@@ -4,7 +4,7 @@ import itertools
 import math
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from mlx_adapters.drafting.drafts import Drafts
 from mlx_adapters.errors import ModelError
 from mlx_adapters.generation.sampling import Sampler
 from mlx_adapters.runtime.attached import Attached
+from mlx_adapters.surgery.caches import Text
 from mlx_adapters.system.door import mx
 from mlx_adapters.system.gpu_kernels import compiled
 
@@ -118,10 +119,10 @@ class Chosen:
 
 @dataclass(eq=False)
 class Reading:
-    """One prompt that is being read: `done` tokens of it are in `cache`. It stops at each of `stops` on its way."""
+    """One prompt that is being read: `done` tokens of it are in `text`. It stops at each of `stops` on its way."""
 
     request: Request
-    cache: list[Any]
+    text: Text
     done: int = 0
     stops: Sequence[int] = ()
 

@@ -24,8 +24,8 @@ Choice = Literal["auto", "none", "required"]
 class Conversation:
     """What a chat asks for beside the sampling.
 
-    `tools` are those that may be called: none for the choice "none", one alone if it is asked for by name; then the
-    choice is "required". `arguments` are for the chat template.
+    `tools` are those that may be called: none for the choice "none", some that are allowed, one alone if it is asked
+    for by name; then the choice is "required". `arguments` are for the chat template.
     """
 
     messages: list[dict[str, Any]]
@@ -39,11 +39,7 @@ def read_conversation(fields: Fields) -> Conversation:
     """The checked conversation of a chat's fields. Raises ApiError 400."""
     messages = read_messages(fields.value("messages"))
     tools = read_tools(fields.value("tools") or _old_functions(fields.value("functions")))
-    choice = fields.value("tool_choice")
-    parallel = fields.take("parallel_tool_calls", bool, True)
-    tools, how = chosen(tools, choice)
-    named = isinstance(choice, Mapping)
-    return Conversation(messages, tools, how, parallel and not named, read_template_arguments(fields))
+    return Conversation(messages, *read_choice(fields, tools), read_template_arguments(fields))
 
 
 def read_messages(value: Any, where: str = "messages") -> list[dict[str, Any]]:
@@ -120,24 +116,44 @@ def read_tools(value: Any) -> list[dict[str, Any]]:
     return tools_of(value, "the request") or []
 
 
-def chosen(tools: list[dict[str, Any]], choice: Any) -> tuple[list[dict[str, Any]], Choice]:
-    """The tools that may be called, and whether one must be. Raises ApiError 400."""
+def read_choice(fields: Fields, tools: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], Choice, bool]:
+    """The tools that may be called, whether one must be, and whether several at once. Raises ApiError 400."""
+    choice, parallel = fields.value("tool_choice"), fields.take("parallel_tool_calls", bool, True)
+    if not isinstance(choice, Mapping):
+        return *_by_word(tools, choice), parallel
+    if choice.get("type") == "allowed_tools":
+        allowed = choice.get("allowed_tools", choice)  # /v1/responses has its fields beside the type
+        given, mode = (allowed.get("tools"), allowed.get("mode")) if isinstance(allowed, Mapping) else (None, None)
+        if not isinstance(given, list) or not given or mode not in ("auto", "required"):
+            why = "'tool_choice' allows tools by a list 'tools' and a 'mode', 'auto' or 'required'."
+            raise ApiError(400, why, param="tool_choice")
+        return *_by_word([_named(tools, one) for one in given], mode), parallel
+    return [_named(tools, choice)], "required", False
+
+
+def _by_word(tools: list[dict[str, Any]], choice: Any) -> tuple[list[dict[str, Any]], Choice]:
     if choice in (None, "auto") or (choice == "none" and not tools):
         return tools, "auto"
     if choice == "none":
         return [], "none"
-    if choice in ("required", "any"):
-        if not tools:
-            raise ApiError(400, "'tool_choice' asks for a call, and there are no 'tools'.", param="tool_choice")
-        return tools, "required"
+    if choice not in ("required", "any"):
+        why = "'tool_choice' must be 'none', 'auto', 'required', name a function or be of the type 'allowed_tools'."
+        raise ApiError(400, why, param="tool_choice")
+    if not tools:
+        raise ApiError(400, "'tool_choice' asks for a call, and there are no 'tools'.", param="tool_choice")
+    return tools, "required"
+
+
+def _named(tools: list[dict[str, Any]], choice: Any) -> dict[str, Any]:
+    """The tool that a choice names."""
     function = choice.get("function", choice) if isinstance(choice, Mapping) else None
     name = function.get("name") if isinstance(function, Mapping) else None
     if not isinstance(name, str):
-        raise ApiError(400, "'tool_choice' must be 'none', 'auto', 'required' or name a function.", param="tool_choice")
+        raise ApiError(400, "'tool_choice' must name a function.", param="tool_choice")
     named = [tool for tool in tools if tool["function"]["name"] == name]
     if not named:
         raise ApiError(400, f"'tool_choice' names '{name[:100]}', which is not among 'tools'.", param="tool_choice")
-    return named, "required"
+    return named[0]
 
 
 def read_template_arguments(fields: Fields) -> dict[str, Any]:

@@ -41,7 +41,16 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 # Fields that ask for nothing of the model, at any value.
 NOTES = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"}
-NOTES |= {"request_id", "priority", "num_draft_tokens", "cache_prompt", "cache_salt", "include", "extra_headers"}
+NOTES |= {
+    "request_id",
+    "priority",
+    "prediction",
+    "num_draft_tokens",
+    "cache_prompt",
+    "cache_salt",
+    "include",
+    "extra_headers",
+}
 EMPTY: tuple[Any, ...] = (None, "", [], {})
 
 

@@ -1,12 +1,14 @@
-"""Ollama's /api/chat and /api/generate, for clients that speak nothing else."""
+"""Ollama's /api/chat and /api/generate, and what its paths tell of models, for clients that speak nothing else."""
 
 import json
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from mlx_adapters.answers.reading import Answer, Part, ToolCall
+from mlx_adapters.answers.reading import Answer, Part, ToolCall, reasoning_marks
+from mlx_adapters.generation.memory import parameter_count
 from mlx_adapters.generation.requests import Token
+from mlx_adapters.models.model import Model
 from mlx_adapters.protocols.chat import Body, Writer
 from mlx_adapters.protocols.conversation import Conversation, read_messages, read_tools
 from mlx_adapters.protocols.fields import Fields
@@ -29,7 +31,8 @@ OF_THE_MACHINE = (
 
 def ollama_name(fields: Fields) -> str:
     """The model that is asked for, without Ollama's tag. Raises ApiError 400 if none is named."""
-    return fields.model().removesuffix(":latest")
+    older = fields.take("name", str)  # what Ollama called it before
+    return (older if older and not fields.raw.get("model") else fields.model()).removesuffix(":latest")
 
 
 def read_ollama(fields: Fields, chat: bool, vocabulary: int) -> tuple[Asked, Conversation]:
@@ -167,3 +170,55 @@ class GenerateWriter(OllamaWriter):
 
     chat = False
     asks_in = "prompt"
+
+
+class ModelRecords:
+    """What `/api/tags` and `/api/show` tell of the base and its adapters. `since`: from when they are served."""
+
+    def __init__(self, model: Model, since: float) -> None:
+        self._model, self._count = model, parameter_count(model.module)
+        self._kind = str(model.config.get("model_type"))
+        self._since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(since))
+
+    def listed(self, name: str, base: str) -> Body:
+        """A name in the list; `base`: the name that the base is served by."""
+        return {
+            "name": name,
+            "model": name,
+            "modified_at": self._since,
+            "size": 0,
+            "details": self._details(name, base),
+        }
+
+    def shown(self, name: str, base: str, template: str | None) -> Body:
+        """All of a name that is not the model's to tell by chatting; `template` None: it is the tokenizer's own."""
+        model, sizes = self._model, self._model.config
+        sizes = sizes if "hidden_size" in sizes else sizes.get("text_config") or {}
+        text = template or getattr(model.tokenizer, "chat_template", None)
+        known = {
+            "context_length": model.base.context,
+            "embedding_length": sizes.get("hidden_size"),
+            "block_count": sizes.get("num_hidden_layers"),
+        }
+        info = {f"{self._kind}.{key}": value for key, value in known.items() if value is not None}
+        capabilities = ["completion", "tools"] if model.has_template or template else ["completion"]
+        return {
+            "modelfile": f"FROM {base}\n" + (f"ADAPTER {name}\n" if name != base else ""),
+            "parameters": "",
+            "template": text if isinstance(text, str) else "",
+            "details": self._details(name, base),
+            "model_info": {"general.architecture": self._kind, "general.parameter_count": self._count, **info},
+            "capabilities": capabilities + (["thinking"] if reasoning_marks(model.tokenizer, template) else []),
+            "modified_at": self._since,
+        }
+
+    def _details(self, name: str, base: str) -> Body:
+        bits, billions = (self._model.config.get("quantization") or {}).get("bits"), self._count / 1e9
+        return {
+            "parent_model": base if name != base else "",
+            "format": "safetensors",
+            "family": self._kind,
+            "families": [self._kind],
+            "parameter_size": f"{billions:.1f}B" if billions >= 1 else f"{1000 * billions:.2f}M",
+            "quantization_level": f"{bits}-bit" if bits else "none",
+        }

@@ -10,15 +10,16 @@ from mlx_adapters.generation.requests import Token
 from mlx_adapters.protocols.chat import Body, Writer
 from mlx_adapters.protocols.conversation import (
     Conversation,
-    chosen,
+    read_choice,
     read_messages,
     read_template_arguments,
     read_tools,
 )
 from mlx_adapters.protocols.errors import ApiError
 from mlx_adapters.protocols.fields import Fields
-from mlx_adapters.protocols.options import Asked, read_format, read_sampling
+from mlx_adapters.protocols.options import MAX_TOP_LOGPROBS, Asked, read_format, read_sampling
 
+LOGPROBS = "message.output_text.logprobs"  # what `include` calls them
 FINISHED = {"length": "max_output_tokens"}
 # What a response tells again of its request, and how it tells of what was not given.
 TOLD: dict[str, Any] = {
@@ -39,10 +40,9 @@ TOLD: dict[str, Any] = {
 def read_response(fields: Fields, vocabulary: int) -> tuple[Asked, Conversation]:
     """The checked request. Raises ApiError 400."""
     model = fields.model()
-    if fields.value("previous_response_id") is not None:
-        raise ApiError(
-            400, "This server keeps no responses; send the whole conversation.", param="previous_response_id"
-        )
+    for name in ("previous_response_id", "conversation"):
+        if fields.value(name) is not None:
+            raise ApiError(400, "This server keeps no responses; send the whole conversation.", param=name)
     text = fields.part(fields.take("text", dict, {}), "text")
     format = read_format(text.value("format"), "text.format")
     text.refuse_rest()
@@ -54,20 +54,27 @@ def read_response(fields: Fields, vocabulary: int) -> tuple[Asked, Conversation]
         include_usage=True,
         max_tokens=fields.take("max_output_tokens", int, None, 1),
         sampling=read_sampling(fields, vocabulary),
-        logprobs=None,
+        logprobs=_logprobs(fields),
         format=format,
     )
-    fields.value("stream_options")
+    fields.value("stream_options"), fields.value("max_tool_calls")  # of tools that OpenAI carries out
     arguments = read_template_arguments(
         Fields({**fields.raw, "reasoning_effort": fields.raw.get("reasoning_effort", reasoning.get("effort"))})
     )
     for name in ("chat_template_kwargs", "enable_thinking", "reasoning_effort"):
         fields.value(name)
-    tools, choice = chosen(read_tools(_nested(fields.value("tools"))), fields.value("tool_choice"))
-    named = isinstance(fields.raw.get("tool_choice"), Mapping)
-    parallel = fields.take("parallel_tool_calls", bool, True) and not named
+    choice = read_choice(fields, read_tools(_nested(fields.value("tools"))))
     messages = _messages(fields.value("input"), fields.take("instructions", str))
-    return asked, Conversation(messages, tools, choice, parallel, arguments)
+    return asked, Conversation(messages, *choice, arguments)
+
+
+def _logprobs(fields: Fields) -> int | None:
+    """How many likeliest tokens are told with each token of the text; None: no log-probabilities are."""
+    wanted = LOGPROBS in fields.take("include", list, [])
+    top = fields.take("top_logprobs", int, 0, 0, MAX_TOP_LOGPROBS)
+    if top and not wanted:
+        raise ApiError(400, f"'top_logprobs' needs '{LOGPROBS}' in 'include'.", param="top_logprobs")
+    return top if wanted else None
 
 
 def _nested(tools: Any) -> Any:
@@ -121,6 +128,8 @@ class ResponseWriter(Writer):
         self._number = 0
         self._items: list[Body] = []
         self._open: tuple[str, str] | None = None  # the kind of the item that is being written, and its text
+        self._tokens: list[Token] = []  # whose text is not told yet
+        self._told: list[Body] = []  # the log-probabilities of the text that is being written
 
     def frame(self, chunk: Body) -> bytes:
         """One server-sent event, with its number."""
@@ -136,7 +145,8 @@ class ResponseWriter(Writer):
         items: list[Body] = []
         for kind, text in (("reasoning", answer.reasoning), ("content", answer.content)):
             if text:
-                items.append(_item(kind, text, "completed"))
+                tokens = answer.tokens[answer.reasoning_tokens :] if kind == "content" else []
+                items.append(_item(kind, text, "completed", self._entries(tokens)))
         items += [_call(call, "completed") for call in answer.calls]
         return self._response(items, answer, usage)
 
@@ -149,17 +159,20 @@ class ResponseWriter(Writer):
         self, index: int, parts: Sequence[Part | ToolCall], tokens: Sequence[Token], answer: Answer
     ) -> Iterator[Body]:
         """The events that tell of a piece."""
+        self._tokens += tokens
         for part in parts:
             if isinstance(part, ToolCall):
                 yield from self._close()
                 yield from self._called(part)
                 continue
+            entries, self._tokens = self._entries(self._tokens if part.kind == "content" else []), []
             if self._open is None or self._open[0] != part.kind:
                 yield from self._close()
                 yield from self._begun(part.kind)
             kind, text = self._open or (part.kind, "")
             self._open = kind, text + part.text
-            yield self._event(_delta(kind), delta=part.text)
+            self._told += entries
+            yield self._event(_delta(kind), entries, delta=part.text)
 
     def end(self, answers: Sequence[Answer], usage: Body) -> Iterator[Body]:
         """The events that come last."""
@@ -183,10 +196,10 @@ class ResponseWriter(Writer):
         if self._open is None:
             return
         kind, text = self._open
-        self._open = None
-        item = {**_item(kind, text, "completed"), "id": self._items[-1]["id"]}
+        told, self._open, self._told = self._told, None, []
+        item = {**_item(kind, text, "completed", told), "id": self._items[-1]["id"]}
         self._items[-1] = item
-        yield self._event(_delta(kind).replace(".delta", ".done"), text=text)
+        yield self._event(_delta(kind).replace(".delta", ".done"), told, text=text)
         yield self._event("response.content_part.done", part=item["content"][0])
         yield {"type": "response.output_item.done", "output_index": len(self._items) - 1, "item": item}
 
@@ -204,10 +217,14 @@ class ResponseWriter(Writer):
         yield {"type": f"{name}.done", **place, "name": call.name, "arguments": call.arguments}
         yield {"type": "response.output_item.done", "output_index": place["output_index"], "item": item}
 
-    def _event(self, kind: str, **more: Any) -> Body:
+    def _entries(self, tokens: Sequence[Token]) -> list[Body]:
+        logprobs = self._logprobs(0, tokens)
+        return logprobs["content"] if logprobs else []
+
+    def _event(self, kind: str, told: Sequence[Body] = (), **more: Any) -> Body:
         place = {"output_index": len(self._items) - 1, "item_id": self._items[-1]["id"], "content_index": 0}
         if kind.startswith("response.output_text"):
-            place["logprobs"] = []
+            place["logprobs"] = list(told)
         return {"type": kind, **place, **more}
 
     def _response(self, items: list[Body], answer: Answer | None, usage: Body | None) -> Body:
@@ -241,7 +258,7 @@ class ResponseWriter(Writer):
         }
 
 
-def _item(kind: str, text: str, status: str) -> Body:
+def _item(kind: str, text: str, status: str, told: Sequence[Body] = ()) -> Body:
     if kind == "reasoning":
         thought = {"type": "reasoning_text", "text": text}
         return {
@@ -251,7 +268,7 @@ def _item(kind: str, text: str, status: str) -> Body:
             "content": [thought],
             "status": status,
         }
-    part: Body = {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+    part: Body = {"type": "output_text", "text": text, "annotations": [], "logprobs": list(told)}
     return {
         "id": f"msg_{uuid.uuid4().hex}",
         "type": "message",

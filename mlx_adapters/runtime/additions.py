@@ -26,11 +26,30 @@ def split(y: mx.array, widths: Sequence[int]) -> list[mx.array]:
     return mx.split(y, ends, axis=-1) if ends else [y]
 
 
-class ForAll:
+class _Added:
+    """An update of linear layers. `factors`: what it adds."""
+
+    def __init__(self, factors: Factors) -> None:
+        self.factors = factors
+        self._served: dict[tuple[tuple[int, ...], mx.Dtype], bool] = {}
+
+    def by_kernel(self, x: mx.array) -> bool:
+        """Whether one kernel serves x (..., in) and what layers make of it; found once for each of its shapes, since
+        every layer asks for every token."""
+        shape, dtype = x.shape, x.dtype
+        if x.size > kernel.MOST_TOKENS * shape[-1]:
+            return False
+        if (shape, dtype) not in self._served:
+            self._served[shape, dtype] = kernel.serves(x, x, self.factors.b)
+        return self._served[shape, dtype]
+
+
+class ForAll(_Added):
     """One adapter for all rows: y · gain + shift + (x aᵀ) bᵀ."""
 
     def __init__(self, factors: Factors) -> None:
-        self.factors, a = factors, factors.a
+        super().__init__(factors)
+        a = factors.a
         self.linear_like = factors.b.ndim == 2
         if self.linear_like:
             a = a.reshape(-1, a.shape[-1])  # (layers · r, in)
@@ -52,7 +71,7 @@ class ForAll:
     def linears(self, y: mx.array, x: mx.array, widths: Sequence[int]) -> list[mx.array]:
         """The outputs of linear layers on x (..., in), from what they computed, y (..., Σ widths)."""
         f = self.factors
-        if kernel.serves(y, x, f.b):
+        if y.dtype == x.dtype and self.by_kernel(x):
             slots = kernel.first(x)
             return split(kernel.add_update(y, x, self.kernel_a, self.kernel_b, widths, slots, f.gain, f.shift), widths)
         return self.added(split(y, widths), x)
@@ -160,13 +179,14 @@ class Rows:
         return slots[mx.argsort(self.indices.flatten()) // self.indices.shape[-1]]
 
 
-class PerRow:
+class PerRow(_Added):
     """Another adapter for each row: the factors of slot `rows.slots[i]` for row i (Punica, arXiv 2310.18547;
     S-LoRA, arXiv 2311.03285). `factors` are stacked: (slots, ..., r, in) and (slots, ..., out, r); slot 0 is all zero.
     `rows` may be others' from one batch to the next."""
 
     def __init__(self, stacked: Factors, rows: Rows) -> None:
-        self.factors, self.rows, a = stacked, rows, stacked.a
+        super().__init__(stacked)
+        self.rows, a = rows, stacked.a
         if stacked.b.ndim == 3:  # of linear layers
             a = a.reshape(a.shape[0], -1, a.shape[-1])  # (slots, layers · r, in)
         self.a, self.b = a.swapaxes(-1, -2), stacked.b.swapaxes(-1, -2)
@@ -181,7 +201,7 @@ class PerRow:
         """The outputs of linear layers on x (rows, ..., in), from what they computed, y (rows, ..., Σ widths)."""
         f, rank = self.factors, self.b.shape[-2]
         slots, order = self.rows.spread(x.shape[:-1])  # each (tokens,)
-        if kernel.serves(y, x, f.b):
+        if y.dtype == x.dtype and self.by_kernel(x):
             return self._by_kernel(y, x, widths, slots)
         if f.gain is not None:
             y = y * f.gain[slots].reshape(y.shape)
@@ -264,6 +284,6 @@ def outputs_of(update: Addition, product: Product, x: mx.array, widths: Sequence
 
     For few tokens on a GPU by a compiled function: Python takes longer to build the operations than a GPU to do them.
     """
-    if isinstance(update, ForAll | PerRow) and kernel.serves(x, x, update.factors.b):
+    if isinstance(update, _Added) and update.by_kernel(x):
         return update.compiled(product, widths)(x)
     return update.linears(product(x), x, widths)

@@ -24,7 +24,7 @@ from mlx_adapters.protocols.errors import ApiError, told_as
 from mlx_adapters.protocols.fields import Fields, read_json
 from mlx_adapters.protocols.ollama import GenerateWriter, OllamaWriter, ollama_name, read_ollama
 from mlx_adapters.protocols.options import Asked, read_options, read_prompts
-from mlx_adapters.protocols.prompts import Tokenizing, check_fits, prepared
+from mlx_adapters.protocols.prompts import Prepared, Tokenizing, check_fits, prepared
 from mlx_adapters.protocols.responses import ResponseWriter, read_response
 from mlx_adapters.serving.engine import Engine
 from mlx_adapters.serving.jobs import Job, Piece
@@ -79,6 +79,15 @@ class Answering:
         fields.refuse_rest()
         return await self.converse(request, fields, asked, talk, partial(ResponseWriter, fields.raw))
 
+    async def response_tokens(self, request: Request) -> Response:
+        """POST /v1/responses/input_tokens: how many a response's conversation has."""
+        fields = await self.fields(request)
+        asked, talk = read_response(fields, self.model.vocabulary)
+        fields.refuse_rest()
+        model = self.engine.catalog.resolve(asked.model, asked.user)
+        prompt, _, _ = await self._prepared(model, asked, talk, ResponseWriter.asks_in)
+        return JSONResponse({"object": "response.input_tokens", "input_tokens": len(prompt)})
+
     async def ollama_chat(self, request: Request) -> Response:
         """POST /api/chat."""
         return await self._ollama(request, OllamaWriter)
@@ -102,7 +111,7 @@ class Answering:
         name = fields.model()
         given = read_prompts(fields.value("input"), self.model.vocabulary, "input")
         packed = fields.take("encoding_format", str, "float") == "base64"
-        user = fields.take("user", str)
+        user, width = fields.take("user", str), fields.take("dimensions", int, None, 1)
         fields.refuse_rest()
         model = self.engine.catalog.resolve(name, user)
         prompts = [await self.plain_tokens(prompt, "input") for prompt in given]
@@ -111,6 +120,9 @@ class Answering:
                 self.model.checked_ids(prompt)
                 self.model.room(len(prompt), 1)
             vectors = await self.engine.embed(model, prompts)
+        if width is not None and width != (own := len(vectors[0])):
+            why = f"A vector has {own} numbers here, of which none can be left out."
+            raise ApiError(400, why, param="dimensions")
         return JSONResponse(embeddings_body(vectors, model, sum(map(len, prompts)), packed))
 
     async def plain_tokens(self, prompt: str | list[int], where: str = "prompt") -> list[int]:
@@ -132,15 +144,19 @@ class Answering:
     ) -> Response:
         """Answer a conversation in the words of `writer`."""
         model = self.engine.catalog.resolve(asked.model, asked.user)
-        own = self.engine.catalog.template_of(model)
         made = writer(asked, model, self.fingerprint, self._token_text)
-        if not (self.model.has_template or own.chat_template):
-            raise ApiError(400, "This model has no chat template; use /v1/completions.", param=made.asks_in)
-        size = sum(len(str(m.get("content"))) + len(str(m.get("tool_calls", ""))) for m in talk.messages)
-        prompt, read, grammar = await self.tokenizing.run(
-            size, lambda with_: prepared(with_, own, asked, talk, self.grammars, made.asks_in), made.asks_in
-        )
+        prompt, read, grammar = await self._prepared(model, asked, talk, made.asks_in)
         return await self.answer(request, fields, asked, model, [prompt], made, read, grammar)
+
+    async def _prepared(self, model: str, asked: Asked, talk: Conversation, where: str) -> Prepared:
+        """A conversation's prompt, and what follows from it; `where`: the field that holds the conversation."""
+        own = self.engine.catalog.template_of(model)
+        if not (self.model.has_template or own.chat_template):
+            raise ApiError(400, "This model has no chat template; use /v1/completions.", param=where)
+        size = sum(len(str(m.get("content"))) + len(str(m.get("tool_calls", ""))) for m in talk.messages)
+        return await self.tokenizing.run(
+            size, lambda with_: prepared(with_, own, asked, talk, self.grammars, where), where
+        )
 
     # -- jobs ------------------------------------------------------------------------------------------
 
@@ -166,7 +182,7 @@ class Answering:
             headers[HEADERS] = quote(", ".join(fields.ignored), safe=", ._[]")
         if asked.stream:
             cancel = partial(self.engine.cancel, *jobs)
-            return EventStream(reply.chunks(), cancel, self.settings.write_seconds, headers, writer)
+            return EventStream(reply.chunks(), cancel, headers, writer)
         try:
             return JSONResponse(await reply.whole(request.receive), headers=headers)
         finally:
@@ -249,20 +265,21 @@ class Reply:
         finally:
             gone.cancel()
 
-    async def chunks(self) -> AsyncIterator[dict[str, Any] | ApiError]:
-        """The chunks of a stream."""
-        for chunk in self.writer.begin(len(self.answers)):
-            yield chunk
+    async def chunks(self) -> AsyncIterator[list[dict[str, Any] | ApiError]]:
+        """The chunks of a stream, those together that are there together."""
+        ready: list[dict[str, Any] | ApiError] = list(self.writer.begin(len(self.answers)))
+        events = self.jobs[0].events
         while self._unfinished:
+            if ready and events.empty():
+                yield ready
+                ready = []
             try:
-                index, parts, tokens = self._take(*await self.jobs[0].events.get())
+                index, parts, tokens = self._take(*await events.get())
             except ApiError as error:
-                yield error
+                yield [*ready, error]
                 return
-            for chunk in self.writer.piece(index, parts, tokens, self.answers[index]):
-                yield chunk
-        for chunk in self.writer.end(self.answers, self._usage):
-            yield chunk
+            ready += self.writer.piece(index, parts, tokens, self.answers[index])
+        yield [*ready, *self.writer.end(self.answers, self._usage)]
 
     @property
     def _unfinished(self) -> bool:

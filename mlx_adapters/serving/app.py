@@ -16,6 +16,7 @@ from starlette.staticfiles import StaticFiles
 
 from mlx_adapters.errors import AdapterError
 from mlx_adapters.protocols.errors import ApiError
+from mlx_adapters.protocols.ollama import ModelRecords, ollama_name
 from mlx_adapters.serving.answering import Answering
 from mlx_adapters.serving.engine import Engine
 from mlx_adapters.serving.transport import Guard, Limits, error_response
@@ -55,6 +56,7 @@ class Server:
         self.engine, self.settings = engine, engine.settings
         self.answering = Answering(engine)
         self.started = int(time.time())
+        self.records = ModelRecords(engine.model, self.started)
         self.leaving = False
         self._limits = Limits(self.settings)
 
@@ -72,10 +74,13 @@ class Server:
             Route("/v1/chat/completions", self.guarded(self.answering.chat), methods=["POST"]),
             Route("/v1/completions", self.guarded(self.answering.completion), methods=["POST"]),
             Route("/v1/responses", self.guarded(self.answering.response), methods=["POST"]),
+            Route("/v1/responses/input_tokens", self.guarded(self.answering.response_tokens), methods=["POST"]),
             Route("/v1/embeddings", self.guarded(self.answering.embeddings), methods=["POST"]),
             Route("/api/chat", self.guarded(self.answering.ollama_chat), methods=["POST"]),
             Route("/api/generate", self.guarded(self.answering.ollama_generate), methods=["POST"]),
             Route("/api/tags", self.guarded(self.ollama_tags)),
+            Route("/api/ps", self.guarded(self.ollama_ps)),
+            Route("/api/show", self.guarded(self.ollama_show), methods=["POST"]),
             Route("/api/version", self.guarded(self.ollama_version)),
             Route("/v1/load_lora_adapter", self.guarded(self.load_lora), methods=["POST"]),
             Route("/v1/unload_lora_adapter", self.guarded(self.unload_lora), methods=["POST"]),
@@ -83,9 +88,12 @@ class Server:
             Route("/v1/adapters/{name}", self.guarded(self.remove_adapter), methods=["DELETE"]),
         ]
         handlers: dict[Any, Any] = {
-            404: lambda *_: error_response(ApiError(404, "There is no such path.", code="not_found")),
-            405: lambda *_: error_response(ApiError(405, "This path does not take this method.")),
-            500: lambda *_: error_response(ApiError(500, "Internal error.", kind="server_error")),
+            status: lambda request, _, error=error: error_response(error, request.url.path)
+            for status, error in (
+                (404, ApiError(404, "There is no such path.", code="not_found")),
+                (405, ApiError(405, "This path does not take this method.")),
+                (500, ApiError(500, "Internal error.", kind="server_error")),
+            )
         }
         return Guard(Starlette(routes=routes, exception_handlers=handlers, lifespan=self.lifespan), self.settings)
 
@@ -111,7 +119,7 @@ class Server:
                 return await handler(request)
             except ApiError as error:
                 self.engine.metrics.add("refusals_total", status=str(error.status))
-                return error_response(error)
+                return error_response(error, request.url.path)
             except ClientDisconnect:
                 return Response(status_code=499)
 
@@ -161,9 +169,22 @@ class Server:
 
     async def ollama_tags(self, _: Request) -> Response:
         """Ollama's list of models."""
-        at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.started))
-        told = [{"name": name, "model": name, "modified_at": at, "size": 0} for name in self.engine.catalog.names]
-        return JSONResponse({"models": told})
+        catalog = self.engine.catalog
+        return JSONResponse({"models": [self.records.listed(name, catalog.base_name) for name in catalog.names]})
+
+    async def ollama_ps(self, _: Request) -> Response:
+        """Ollama's list of what is in memory."""
+        catalog = self.engine.catalog
+        names = [catalog.base_name, *(name for name, served in catalog.served.items() if served.resident)]
+        return JSONResponse({"models": [self.records.listed(name, catalog.base_name) for name in names]})
+
+    async def ollama_show(self, request: Request) -> Response:
+        """What Ollama's clients ask of a model before they chat with it."""
+        fields, catalog = await self.answering.fields(request), self.engine.catalog
+        name = catalog.resolve(ollama_name(fields), "")
+        fields.value("verbose")
+        fields.refuse_rest()
+        return JSONResponse(self.records.shown(name, catalog.base_name, catalog.template_of(name).chat_template))
 
     async def ollama_version(self, _: Request) -> Response:
         """What Ollama's clients ask first."""

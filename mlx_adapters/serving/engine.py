@@ -1,16 +1,16 @@
 """The one thread that runs the model: takes jobs, batches them, hands out text.
 
 The web side puts a `Job` in and reads its events from an asyncio queue; nothing else is shared. A job that is
-canceled, too slow or failed leaves the batch between two steps.
+canceled, too slow or failed leaves the batch between two steps. What a step wrote is handed out while MLX gives the
+next one to the device: then Python's lock is free, and the web side keeps no step waiting.
 """
 
 import asyncio
 import contextlib
-import queue
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,7 @@ from mlx_adapters.generation.requests import Token
 from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.protocols.errors import ApiError, told_as
 from mlx_adapters.runtime.attached import Attached
-from mlx_adapters.serving.jobs import Job, Piece, log, send_all
+from mlx_adapters.serving.jobs import Commands, Job, Piece, log, send_all
 from mlx_adapters.serving.metrics import Metrics
 from mlx_adapters.serving.residents import Catalog, Residents, Served
 from mlx_adapters.serving.settings import ServeSettings
@@ -45,7 +45,7 @@ class Engine:
         self.catalog = Catalog(base_name, model.base.template, settings.splits)
         self.metrics = Metrics()
         self.failed: BaseException | None = None
-        self._commands: queue.Queue[Callable[[], None]] = queue.Queue()
+        self._commands = Commands()
         if (kept := settings.prompt_cache_bytes) is None:
             kept = usable_memory_bytes() // CACHE_SHARE
         self._batcher = Batcher(
@@ -54,10 +54,11 @@ class Engine:
         self._jobs: dict[int, Job] = {}
         self._parked: list[Job] = []
         self._open: set[Job] = set()
-        self._asked: set[Future[Any]] = set()
         self.residents = Residents(
             model, settings, self.metrics, lambda: self._commands.put(lambda: None), self._batcher.reader.known.drop
         )
+        self._batcher.before_waiting = self._tell
+        self._untold: list[tuple[Job, Piece | ApiError]] = []
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -84,7 +85,7 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether anybody waits for an answer."""
-        return bool(self._open or self._asked)
+        return bool(self._open or self._commands.asked)
 
     @property
     def in_turn(self) -> bool:
@@ -179,54 +180,37 @@ class Engine:
 
     async def _ask(self, work: Callable[[], Any]) -> Any:
         """Run `work` in the engine's thread and give its result."""
-        answer: Future[Any] = Future()
-
-        def command() -> None:
-            if not answer.set_running_or_notify_cancel():  # nobody waits for it any more
-                return
-            try:
-                answer.set_result(work())
-            except Exception as error:
-                answer.set_exception(error)
-
-        self._asked.add(answer)  # as in `submit`
-        try:
-            if not self.alive:
-                raise ApiError(503, "The server is stopping.", kind="server_error")
-            self._commands.put(command)
-            return await asyncio.wrap_future(answer)
-        finally:
-            self._asked.discard(answer)
+        return await self._commands.ask(work, lambda: self.alive)
 
     # -- in the engine's thread ------------------------------------------------------------------------
 
     def _run(self) -> None:
         try:
-            while not (self._stopping.is_set() and self._commands.empty() and self._batcher.idle and not self._parked):
+            while not (self._stopping.is_set() and not self._commands and self._batcher.idle and not self._parked):
                 self._obey()
                 self._step()
         except BaseException as error:
             self.failed = error
             log.exception("the engine stopped")
+            self._tell()
             told = ApiError(500, "The engine stopped.", kind="server_error")
             for job in list(self._open):
                 self._open.discard(job)  # else a full queue would tell what comes later to try again
                 job.send(told)
-            for answer in list(self._asked):
-                with contextlib.suppress(InvalidStateError):  # it was given, or nobody waits for it
-                    answer.set_exception(told)
+            self._commands.fail(told)
 
     def _obey(self) -> None:
         """Carry out the commands that are there; wait for one if there is nothing else to do."""
         wait = self._batcher.idle and not self.residents.leaving
-        with contextlib.suppress(queue.Empty):
-            self._commands.get(timeout=0.5 if wait else None, block=wait)()
-            while True:
-                self._commands.get_nowait()()
+        self._commands.carry_out(wait, self._tell)  # a command may take its time
+        if wait and self._parked:
+            self._commands.await_company(self._open)
 
     def _step(self) -> None:
         now = time.monotonic()
         late = [j for j in [*self._jobs.values(), *self._parked] if now - j.arrived > self.settings.max_seconds]
+        if late:
+            self._tell()
         for job in late:
             self._drop(job, "timeout")
             job.send(self._late())
@@ -244,13 +228,23 @@ class Engine:
             tokens = self._batcher.step()
         except Exception:
             log.exception("a step failed")
+            self._tell()
             error = ApiError(500, "The model failed on this batch.", kind="server_error")
             for request in self._batcher.clear():
                 self._fail(self._jobs.pop(request.number), error)
             return
         if self._batcher.rows:
             self.metrics.observe("batch_size", len(self._batcher.rows))
-        send_all([told for token in tokens if (told := self._told(token)) is not None])
+        told = [told for token in tokens if (told := self._told(token)) is not None]
+        self._untold += told
+        if self._batcher.idle:
+            self._commands.ended(sum(job not in self._open for job, _ in told))
+            self._tell()
+
+    def _tell(self) -> None:
+        """Hand out what was written."""
+        told, self._untold = self._untold, []
+        send_all(told)
 
     def _is_read(self, job: Job) -> bool:
         """Whether the job waits for its adapter's files."""

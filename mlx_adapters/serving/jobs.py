@@ -1,11 +1,15 @@
-"""What passes between the web side and the engine: jobs in, pieces of their answers or an error out; and the log."""
+"""What passes between the web side and the engine: jobs and commands in, pieces of answers or an error out; the log."""
 
 import asyncio
+import contextlib
 import logging
+import queue
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
+from typing import Any
 
 from mlx_adapters.config.sampling import Sampling
 from mlx_adapters.generation.decoding import TextStream
@@ -17,6 +21,8 @@ from mlx_adapters.serving.metrics import Metrics
 from mlx_adapters.system.door import TokenizerWrapper
 
 log = logging.getLogger("mlx_adapters.serve")
+COMPANY_SECONDS, MOST_COMPANY_SECONDS = 0.008, 0.03  # for which the next of several is awaited, and all of them
+RETURN_SECONDS = 0.1  # after which those who had an answer are not thought to ask again together
 
 
 @dataclass(frozen=True)
@@ -137,6 +143,72 @@ def send_all(told: Iterable[tuple[Job, Piece | ApiError]]) -> None:
 def _put(pairs: Sequence[tuple[Job, Piece | ApiError]]) -> None:
     for pair in pairs:
         pair[0].events.put_nowait(pair)
+
+
+class Commands:
+    """What a thread is told to do between its steps. Any thread may tell it, any loop await what comes of it."""
+
+    def __init__(self) -> None:
+        self._queue: queue.Queue[Callable[[], None]] = queue.Queue()
+        self.asked: set[Future[Any]] = set()
+        self._company = 0, 0.0  # how many answers ended together, the last there were, and when
+
+    def __len__(self) -> int:
+        return self._queue.qsize()
+
+    def put(self, work: Callable[[], None]) -> None:
+        """Have it done."""
+        self._queue.put(work)
+
+    async def ask(self, work: Callable[[], Any], alive: Callable[[], bool]) -> Any:
+        """Have `work` done and give its result. Raises ApiError 503 if the thread is not `alive`."""
+        answer: Future[Any] = Future()
+
+        def command() -> None:
+            if not answer.set_running_or_notify_cancel():  # nobody waits for it any more
+                return
+            try:
+                answer.set_result(work())
+            except Exception as error:
+                answer.set_exception(error)
+
+        self.asked.add(answer)  # before the look at the thread, which tells all when it fails
+        try:
+            if not alive():
+                raise ApiError(503, "The server is stopping.", kind="server_error")
+            self._queue.put(command)
+            return await asyncio.wrap_future(answer)
+        finally:
+            self.asked.discard(answer)
+
+    def fail(self, error: ApiError) -> None:
+        """Tell all who wait for a result."""
+        for answer in list(self.asked):
+            with contextlib.suppress(InvalidStateError):  # it was given, or nobody waits for it
+                answer.set_exception(error)
+
+    def carry_out(self, wait: bool, before: Callable[[], None]) -> None:
+        """Do what there is to do; `wait`: for something, a while. `before` is called before anything is done."""
+        with contextlib.suppress(queue.Empty):
+            command = self._queue.get(timeout=0.5 if wait else None, block=wait)
+            before()
+            command()
+            while True:
+                self._queue.get_nowait()()
+
+    def ended(self, answers: int) -> None:
+        """Note that so many answers ended together, and no other is being written."""
+        self._company = answers, time.monotonic()
+
+    def await_company(self, asking: Collection[Job]) -> None:
+        """Let some who ask wait a moment for others: those whose answers ended together are likely to ask again
+        together, and one pass over their prompts takes less than two."""
+        (company, ended), self._company = self._company, (0, 0.0)
+        now = time.monotonic()
+        end = now + MOST_COMPANY_SECONDS if now - ended < RETURN_SECONDS else now
+        with contextlib.suppress(queue.Empty):
+            while len(asking) < company and (left := end - time.monotonic()) > 0:
+                self._queue.get(timeout=min(left, COMPANY_SECONDS))()
 
 
 class OncePerSecond(logging.Filter):

@@ -145,7 +145,7 @@ class Guard:
         try:
             refusal = self._refusal(scope, headers)
             if refusal is not None:
-                response: Response = error_response(refusal)
+                response: Response = error_response(refusal, scope["path"])
                 if refusal.code == "ambiguous_length":
                     response.headers["Connection"] = "close"
                 await response(scope, receive, answer)
@@ -232,10 +232,12 @@ async def read_body(request: Request, limit: int) -> bytes:
     return bytes(body)
 
 
-def error_response(error: ApiError) -> JSONResponse:
-    """OpenAI's form of a refusal."""
+def error_response(error: ApiError, path: str = "") -> JSONResponse:
+    """A refusal in OpenAI's form; on Ollama's paths in theirs, a text, with what else OpenAI's tells beside it."""
     headers = {"Retry-After": "1"} if error.status == 429 else {}
-    return JSONResponse(error.body, error.status, headers)
+    told = error.body["error"]
+    body = {**told, "error": told.pop("message")} if path.startswith("/api/") else error.body
+    return JSONResponse(body, error.status, headers)
 
 
 async def left(receive: Receive) -> None:
@@ -256,60 +258,49 @@ class Framing(Protocol):
 
 
 class EventStream(Response):
-    """Chunks as they come; `on_end` is called however it ends, a reader that stops reading is let go."""
+    """Chunks as they come, those that are there together in one piece; `on_end` is called however it ends."""
 
     def __init__(
         self,
-        chunks: AsyncIterator[dict[str, Any] | ApiError],
+        chunks: AsyncIterator[list[dict[str, Any] | ApiError]],
         on_end: Callable[[], None],
-        write_seconds: float,
         headers: dict[str, str],
         framing: Framing,
     ) -> None:
         super().__init__(None, 200, {"Cache-Control": "no-cache", **headers}, framing.media_type)
         del self.headers["content-length"]
-        self.chunks, self.on_end, self.write_seconds, self.framing = chunks, on_end, write_seconds, framing
+        self.chunks, self.on_end, self.framing = chunks, on_end, framing
+        self._sent = time.monotonic()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send until the end, the client's leaving or its silence."""
-        writing = asyncio.ensure_future(self.write(send))
-        leaving = asyncio.ensure_future(left(receive))
+        """Send until the end or the client's leaving; a connection whose reader takes nothing ends by itself."""
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        writing = asyncio.ensure_future(self._write(send))
+        others = [asyncio.ensure_future(left(receive)), asyncio.ensure_future(self._keep_alive(send))]
         try:
-            await asyncio.wait([writing, leaving], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([writing, *others], return_when=asyncio.FIRST_COMPLETED)
             if writing.done():
-                with contextlib.suppress(TimeoutError, OSError):
+                with contextlib.suppress(OSError):
                     writing.result()
         finally:
             self.on_end()
-            writing.cancel()
-            leaving.cancel()
-            await asyncio.wait([writing, leaving])
+            for task in (writing, *others):
+                task.cancel()
+            await asyncio.wait([writing, *others])
 
-    async def write(self, send: Send) -> None:
-        """Send all chunks."""
+    async def _write(self, send: Send) -> None:
+        async for chunks in self.chunks:
+            framed = (self.framing.frame(chunk.body if isinstance(chunk, ApiError) else chunk) for chunk in chunks)
+            await self._send(send, b"".join(framed))
+        await self._send(send, self.framing.last, more=False)
 
-        async def put(message: dict[str, Any]) -> None:
-            async with asyncio.timeout(self.write_seconds):  # wait_for can lose a cancellation in Python 3.11
-                await send(message)
+    async def _keep_alive(self, send: Send) -> None:
+        while True:
+            await asyncio.sleep(max(self._sent + ALIVE_SECONDS - time.monotonic(), 0))
+            if time.monotonic() - self._sent >= ALIVE_SECONDS:
+                await self._send(send, self.framing.alive)
 
-        async def body(data: bytes, more: bool = True) -> None:
-            await put({"type": "http.response.body", "body": data, "more_body": more})
-
-        await put({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        chunks = aiter(self.chunks)
-        coming = asyncio.ensure_future(anext(chunks, None))
-        try:
-            while True:
-                done, _ = await asyncio.wait([coming], timeout=ALIVE_SECONDS)
-                if not done:
-                    if self.framing.alive:
-                        await body(self.framing.alive)
-                    continue
-                chunk = coming.result()
-                if chunk is None:
-                    break
-                await body(self.framing.frame(chunk.body if isinstance(chunk, ApiError) else chunk))
-                coming = asyncio.ensure_future(anext(chunks, None))
-            await body(self.framing.last, more=False)
-        finally:
-            coming.cancel()
+    async def _send(self, send: Send, data: bytes, more: bool = True) -> None:
+        self._sent = time.monotonic()
+        if data or not more:
+            await send({"type": "http.response.body", "body": data, "more_body": more})

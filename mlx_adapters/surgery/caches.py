@@ -116,14 +116,45 @@ def merged(caches: Sequence[list[Any]]) -> list[Any]:
     ]
 
 
-def read_rows(module: nn.Module, caches: Sequence[list[Any]], pieces: Sequence[Sequence[int]]) -> list[list[Any]]:
-    """The caches that go on from these, once each has read its piece, all in one pass. Pieces are padded behind."""
-    if len(caches) == 1:
-        module(mx.array([list(pieces[0])]), cache=caches[0])
-        return list(caches)
+class Text:
+    """The caches of a text that was read: its `own`, or row number `row` of those of a batch that it was read in.
+
+    To take a row out and to put it into a batch again are some hundred operations in a model of many layers.
+    """
+
+    def __init__(self, own: list[Any] | None = None, batch: Sequence[Any] = (), row: int = 0, rows: int = 0) -> None:
+        self._own, self.batch, self.row, self.rows = own, batch, row, rows
+
+    @property
+    def own(self) -> list[Any]:
+        """Taken out, if need be."""
+        if self._own is None:
+            self._own = [layer.extract(self.row) for layer in self.batch]
+        return self._own
+
+    @property
+    def layers(self) -> Sequence[Any]:
+        """What holds it, for a model's layers in turn."""
+        return self._own if self._own is not None else self.batch
+
+
+def joined(texts: Sequence[Text]) -> list[Any]:
+    """Caches of a batch whose rows are these, which are gone then: it may be the very one that they were read in."""
+    batch = texts[0].batch
+    whole = len(batch) > 0 and len(texts) == texts[0].rows
+    if whole and all(text.batch is batch and text.row == i for i, text in enumerate(texts)):
+        return list(batch)
+    return merged([text.own for text in texts])
+
+
+def read_rows(module: nn.Module, texts: Sequence[Text], pieces: Sequence[Sequence[int]]) -> list[Text]:
+    """What goes on from these, once each has read its piece, all in one pass. Pieces are padded behind."""
+    if len(texts) == 1:
+        module(mx.array([list(pieces[0])]), cache=texts[0].own)
+        return [Text(texts[0].own)]
     lengths = [len(piece) for piece in pieces]
     padding = [max(lengths) - length for length in lengths]
-    rows = merged(caches)
+    rows = joined(texts)
     for layer in rows:
         hand_over(layer.state)
     if any(padding):
@@ -135,18 +166,21 @@ def read_rows(module: nn.Module, caches: Sequence[list[Any]], pieces: Sequence[S
             layer.finalize()
         if not all(type(layer) is PaddedCache for layer in rows):
             mx.eval([layer.state for layer in rows])  # at once: to take a row out, mlx-lm's look at their padding
-    return [[layer.extract(i) for layer in rows] for i in range(len(caches))]
+    made = [Text(None, rows, i, len(texts)) for i in range(len(texts))]
+    if all(type(layer) is PaddedCache for layer in rows):
+        return made
+    return [Text(text.own) for text in made]
 
 
 def reads_rows(module: nn.Module, make: Make | None = None) -> bool:
     """Whether `read_rows` gives what each gets alone, after beginnings of several lengths. Tried on three of them."""
     begun, pieces, following = ([5, 6, 7], [8], [9, 10, 11, 12, 13]), ([14], [15, 16, 17, 18], [19, 20]), [[21]] * 3
     try:
-        caches = read_rows(module, [read_prompt(module, tokens, make) for tokens in begun], pieces)
+        read = read_rows(module, [Text(read_prompt(module, tokens, make)) for tokens in begun], pieces)
         texts = [[*tokens, *piece] for tokens, piece in zip(begun, pieces, strict=True)]
         alone = [read_prompt(module, text, make) for text in texts]
-        pairs = zip(following, caches, alone, strict=True)
-        steps = [(module(mx.array([x]), cache=one), module(mx.array([x]), cache=other)) for x, one, other in pairs]
+        pairs = zip(following, read, alone, strict=True)
+        steps = [(module(mx.array([x]), cache=one.own), module(mx.array([x]), cache=other)) for x, one, other in pairs]
         return all(same_function(*step) for step in steps)
     except Exception:  # mlx-lm's code raises what it likes
         return False

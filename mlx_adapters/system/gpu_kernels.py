@@ -255,8 +255,10 @@ def compiled(function: Callable[..., Any], inputs: Any = None, outputs: Any = No
     here = threading.local()
 
     def call(*arguments: Any) -> Any:
-        if not hasattr(here, "compiled"):
-            here.compiled = mx.compile(lambda *given: function(*given), inputs=inputs, outputs=outputs)
-        return here.compiled(*arguments)
+        try:
+            made = here.compiled
+        except AttributeError:
+            made = here.compiled = mx.compile(lambda *given: function(*given), inputs=inputs, outputs=outputs)
+        return made(*arguments)
 
     return call

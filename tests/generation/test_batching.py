@@ -19,6 +19,7 @@ from mlx_adapters.generation.requests import Request
 from mlx_adapters.generation.sampling import Sampler
 from mlx_adapters.runtime.pool import AdapterPool
 from mlx_adapters.surgery.caches import batches
+from mlx_adapters.surgery.padded import PaddedCache
 
 ARCHITECTURES = ["llama", "gemma3_text", "qwen3_moe"]
 PROMPT = [5, 9, 2, 77, 31]
@@ -76,6 +77,28 @@ def test_rows_equal_solo_runs(tiny_model, architecture):
         for step, token in enumerate(order):
             assert token.logprob == pytest.approx(alone[step, token.id].item(), abs=1e-4)
             assert token.top[0][0] == token.id and token.logprob == pytest.approx(mx.max(alone[step]).item(), abs=1e-4)
+
+
+def test_prompts_that_were_read_together_join_as_they_are(tiny_model, monkeypatch):
+    """No row is taken out of the caches that they were read in, and more may come; each answer is as alone."""
+    model = load_model(tiny_model("llama"))
+    texts = [[5, 9, 2], [77, 31, 8, 4, 6], [1, 3, 2, 7]], [[12, 13, 14, 15], [16, 17]]
+    alone = [
+        dict(answer_all(model.module, model.pool, [Request(text, max_tokens=12)])).popitem()[1]
+        for text in (*texts[0], *texts[1])
+    ]
+    batcher, made, taken = Batcher(model.module, model.pool), {}, []
+    monkeypatch.setattr(PaddedCache, "extract", lambda layer, row: taken.append(row))
+    for group in texts:
+        for text in group:
+            batcher.submit(Request(text, max_tokens=12))
+        for _ in range(4):
+            for token in batcher.step():
+                made.setdefault(token.request.number, []).append(token.id)
+    assert len(batcher.rows) == 5
+    for number, tokens in finish(batcher).items():
+        made.setdefault(number, []).extend(token.id for token in tokens)
+    assert [made[number] for number in sorted(made)] == alone and not taken
 
 
 def test_joining_leaving_cancelling_and_evicting(tiny_model):

@@ -75,10 +75,43 @@ def test_tools_and_formats_of_responses(client):
     talk = [{"role": "user", "content": "Who?"}, call.model_dump()]
     talk += [{"type": "function_call_output", "call_id": call.call_id, "output": "seen"}]
     assert respond(client, talk, tools=[TOOL], max_output_tokens=4).usage.output_tokens <= 4
+    other = TOOL | {"name": "hear"}
+    allowed = {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "look"}]}
+    answer = respond(client, tools=[other, TOOL], tool_choice=allowed, parallel_tool_calls=False)
+    assert [call.name for call in answer.output] == ["look"] and answer.to_dict()["tool_choice"] == allowed
     format = {"type": "json_schema", "name": "person", "schema": PERSON, "strict": True}
     assert set(json.loads(respond(client, text={"format": format}).output_text)) == {"name", "old"}
-    with pytest.raises(openai.BadRequestError, match="keeps no responses"):
-        respond(client, previous_response_id="resp_1")
+    for place in ({"previous_response_id": "resp_1"}, {"conversation": "conv_1"}):
+        with pytest.raises(openai.BadRequestError, match="keeps no responses"):
+            respond(client, **place)
+    assert respond(client, max_output_tokens=1, max_tool_calls=2).usage.output_tokens == 1
+
+
+def test_log_probabilities_of_a_response_are_the_chats(client):
+    asked = {"include": ["message.output_text.logprobs"], "top_logprobs": 2, "max_output_tokens": 6}
+    chat = client.chat.completions.create(
+        model="base", messages=[{"role": "user", "content": "Who?"}], temperature=0, max_tokens=6, logprobs=True,
+        top_logprobs=2, extra_body=QUIET,
+    )  # fmt: skip
+    wanted = [one.to_dict() for one in chat.choices[0].logprobs.content]
+    assert len(wanted) == 6 and all(len(one["top_logprobs"]) == 2 for one in wanted)
+    (item,) = respond(client, **asked).output
+    assert [one.to_dict() for one in item.content[0].logprobs] == wanted
+    events = list(respond(client, **asked, stream=True))
+    deltas = [event for event in events if event.type == "response.output_text.delta"]
+    assert [one.to_dict() for event in deltas for one in event.logprobs] == wanted
+    assert [one.to_dict() for one in events[-1].response.output[0].content[0].logprobs] == wanted
+    assert respond(client, max_output_tokens=2).output[0].content[0].logprobs == []
+    with pytest.raises(openai.BadRequestError, match=r"needs .message\.output_text\.logprobs."):
+        respond(client, top_logprobs=2)
+
+
+def test_what_a_response_would_read_is_counted(client):
+    options = {"instructions": "Be brief.", "tools": [TOOL]}
+    counted = client.responses.input_tokens.count(model="a", input="Who?", **options, extra_body=QUIET)
+    assert counted.input_tokens == respond(client, model="a", max_output_tokens=1, **options).usage.input_tokens > 100
+    with pytest.raises(openai.NotFoundError):
+        client.responses.input_tokens.count(model="nobody", input="Who?")
 
 
 def test_a_response_tells_what_was_asked_for(client):
@@ -121,7 +154,12 @@ def test_a_refusal_names_the_field_that_holds_the_text(server):
         ("/api/chat", "messages", talk),
     ):
         answer = httpx.post(server[0] + path, json={"model": "a", field: text})
-        assert answer.status_code == 400 and answer.json()["error"]["param"] == field, path
+        told = answer.json()
+        if path.startswith("/api/"):  # Ollama's clients show `error` as it is
+            assert isinstance(told["error"], str) and "tokens" in told["error"]
+        else:
+            told = told["error"]
+        assert answer.status_code == 400 and told["param"] == field, path
 
 
 def test_a_streamed_response(client):
@@ -155,6 +193,11 @@ def test_embeddings_are_the_mean_of_the_last_hidden_state(client, server):
     ).json()
     packed = np.frombuffer(base64.b64decode(raw["data"][1]["embedding"]), "<f4")
     assert np.allclose(packed, wanted[1], atol=1e-5)
+    whole = client.embeddings.create(model="a", input=ids, dimensions=64)
+    assert np.allclose(whole.data[1].embedding, wanted[1], atol=1e-5)
+    with pytest.raises(openai.BadRequestError, match="64 numbers") as caught:
+        client.embeddings.create(model="a", input=ids, dimensions=16)
+    assert caught.value.param == "dimensions"
     for wrong in ("", [], None, [[]], 3):
         assert httpx.post(server[0] + "/v1/embeddings", json={"model": "a", "input": wrong}).status_code == 400
 
@@ -212,6 +255,28 @@ def test_ollamas_paths(server, client):
         assert (load["model"], load["done"], load["done_reason"]) == ("a", True, "load")
         assert httpx.post(address + path, json={"model": "nobody", **empty}).status_code == 404
     assert [m["name"] for m in httpx.get(address + "/api/tags").json()["models"]][:2] == ["base", "a"]
+
+
+def test_ollamas_show_tells_what_a_model_is(server):
+    show = lambda **body: httpx.post(server[0] + "/api/show", json=body)  # noqa: E731
+    base, adapter = show(model="base").json(), show(model="a:latest", verbose=True).json()
+    info = base["model_info"]
+    assert (info["general.architecture"], info["llama.context_length"]) == ("llama", 4096)
+    assert (info["llama.embedding_length"], info["llama.block_count"]) == (64, 2)
+    assert info["general.parameter_count"] == 106816 and base["details"]["parameter_size"] == "0.11M"
+    assert set(base["capabilities"]) == {"completion", "tools", "thinking"} and "message" in base["template"]
+    assert (base["modelfile"], adapter["modelfile"]) == ("FROM base\n", "FROM base\nADAPTER a\n")
+    assert adapter["details"]["parent_model"] == "base" and adapter["model_info"] == info
+    listed = {one["name"]: one["details"] for one in httpx.get(server[0] + "/api/tags").json()["models"]}
+    assert listed["base"] == base["details"] and listed["a"] == adapter["details"]
+    assert show(model="nobody").status_code == 404 and show().status_code == 400
+    assert (
+        "does not exist" in show(model="nobody").json()["error"]
+        and "path" in httpx.get(server[0] + "/api/nothing").json()["error"]
+    )
+    assert show(name="a").json() == adapter  # as older clients call it
+    running = httpx.get(server[0] + "/api/ps").json()["models"]
+    assert [one["name"] for one in running] == ["base", "a"] and running[1]["details"] == adapter["details"]
 
 
 def test_an_error_after_the_beginning_of_a_response_is_an_event():

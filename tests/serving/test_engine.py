@@ -15,6 +15,7 @@ from mlx_adapters.serving import jobs, residents, transport
 from mlx_adapters.serving.engine import Engine
 from mlx_adapters.serving.settings import ServeSettings
 from mlx_adapters.sources.registry import register
+from mlx_adapters.system.door import mx
 
 CHAT = {"messages": [{"role": "user", "content": "List all students."}], "temperature": 0}
 
@@ -24,6 +25,50 @@ def test_it_tells_whether_requests_are_decoded_one_after_another(name, in_turn, 
     model = load_model(tiny_base(tmp_path / "base", name))
     assert Engine(model, ServeSettings(), "base").in_turn == in_turn
     assert not Engine(model, ServeSettings(max_batch=1), "base").in_turn
+
+
+def test_who_ended_together_is_read_together(tiny_model, monkeypatch):
+    """And who asked alone waits for nobody."""
+    monkeypatch.setattr(jobs, "COMPANY_SECONDS", 60)
+    monkeypatch.setattr(jobs, "MOST_COMPANY_SECONDS", 60)
+    monkeypatch.setattr(jobs, "RETURN_SECONDS", 60)
+    with running(tiny_model("llama"), []) as (address, engine):
+        passes, reader = [], engine._batcher.reader
+        read = reader._pass
+        reader._pass = lambda group, most: (passes.append(len(group)), read(group, most))[1]
+
+        def ask(text, **more):
+            body = {"model": "base", "prompt": text, "max_tokens": 3, "temperature": 0, **more}
+            assert httpx.post(address + "/v1/completions", json=body, timeout=20).status_code == 200
+
+        ask("the sea")
+        ask("by night")
+        ask("one two", n=3)
+        passes.clear()
+        threads = [threading.Thread(target=ask, args=(text,)) for text in ("cat dog", "red sun", "old man")]
+        for thread in threads:
+            thread.start()
+            thread.join(0.1)
+        for thread in threads:
+            thread.join()
+        assert passes == [3]
+
+
+def test_nothing_is_held_back_while_the_device_works(tiny_model, monkeypatch):
+    """What a step wrote is told when the next one is handed over, or before a prompt is read."""
+    handed, held = mx.async_eval, []
+    with running(tiny_model("llama"), []) as (address, engine):
+        monkeypatch.setattr(mx, "async_eval", lambda *a: (held.append(("step", len(engine._untold))), handed(*a))[1])
+        reader = engine._batcher.reader
+        read = reader._pass
+        reader._pass = lambda *given: (held.append(("pass", len(engine._untold))), read(*given))[1]
+        body = CHAT | {"model": "base", "max_tokens": 40, "stream": True}
+        with httpx.stream("POST", address + "/v1/chat/completions", json=body) as first:
+            lines = first.iter_lines()
+            next(lines)
+            httpx.post(address + "/v1/chat/completions", json=CHAT | {"model": "base", "max_tokens": 4})
+            assert sum(line.startswith("data: {") for line in lines) >= 30
+    assert {kind for kind, _ in held} == {"step", "pass"} and not any(count for _, count in held)
 
 
 @pytest.fixture
@@ -122,7 +167,7 @@ def test_an_engine_that_fails_tells_everybody_who_waits(tiny_model):
         ]
         for thread in threads:
             thread.start()
-        assert eventually(lambda: engine._commands.qsize() == 2)
+        assert eventually(lambda: len(engine._commands) == 2)
         busy.set()
         for thread in threads:
             thread.join(5)

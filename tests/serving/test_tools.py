@@ -47,6 +47,22 @@ def test_a_call_that_is_required_comes(ask, choice, seed):
         assert call.function.name == "look" and set(json.loads(call.function.arguments)) == {"name", "old"}
 
 
+def allowing(*names, mode="required"):
+    """The choice of some tools."""
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+
+def test_only_tools_that_are_allowed_are_called(ask):
+    others = [LOOK | {"function": LOOK["function"] | {"name": name}} for name in ("hear", "smell")]
+    for seed in range(6):
+        options = dict(tools=[*TOOLS, LOOK, *others], parallel_tool_calls=False, seed=seed)
+        (call,) = ask(**options, tool_choice=allowing("hear", "look")).choices[0].message.tool_calls
+        assert call.function.name in ("hear", "look")
+    free = dict(tools=[LOOK, *others], max_tokens=8, temperature=0)  # then they alone are what the model is told of
+    assert said(ask(**free, tool_choice=allowing("hear", mode="auto"))) == said(ask(**free | {"tools": others[:1]}))
+
+
 def test_a_stream_of_calls_is_the_whole_answer(ask):
     options = dict(tools=[LOOK], tool_choice="required", parallel_tool_calls=True, max_tokens=120)
     whole = ask(**options).choices[0]
@@ -129,6 +145,11 @@ def test_a_conversation_with_calls_and_results(ask):
     [
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tools": [LOOK], "tool_choice": {"type": "function", "function": {"name": "other"}}}, "other"),
+        ({"tools": [LOOK], "tool_choice": allowing("look", "other")}, "other"),
+        ({"tools": [LOOK], "tool_choice": allowing("look", mode="none")}, "'auto' or 'required'"),
+        ({"tools": [LOOK], "tool_choice": allowing()}, "tools"),
+        ({"tools": [LOOK], "tool_choice": {"type": "allowed_tools", "allowed_tools": "look"}}, "allows tools"),
+        ({"tools": [LOOK], "tool_choice": "always"}, "allowed_tools"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
         ({"tools": [LOOK, LOOK]}, "twice"),
         (

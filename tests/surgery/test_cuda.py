@@ -8,6 +8,7 @@ import pytest
 from mlx_adapters.drafting.batch import Batch
 from mlx_adapters.generation.live import load_model
 from mlx_adapters.surgery import cuda
+from mlx_adapters.surgery.caches import Text
 from mlx_adapters.system.door import make_prompt_cache
 
 packed_by_mlx = cuda.packed
@@ -109,8 +110,8 @@ def test_work_is_handed_over_layer_by_layer(tiny_model, monkeypatch):
             module(mx.array([tokens]), cache=caches[-1])
         assert len(begun) == count
         begun.clear()
-    batch = Batch(module)
-    for change in (lambda: batch.join(caches[:1]), lambda: batch.join(caches[1:]), lambda: batch.keep([1])):
+    batch, texts = Batch(module), [Text(cache) for cache in caches]
+    for change in (lambda: batch.join(texts[:1]), lambda: batch.join(texts[1:]), lambda: batch.keep([1])):
         change()
         assert len(begun) == count
         begun.clear()
