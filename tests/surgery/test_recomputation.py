@@ -1,9 +1,11 @@
 """What is computed again: the same numbers, and one part's arrays at a time."""
 
+import contextlib
 import gc
 import weakref
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 from helpers.tiny_configs import tiny_base
 from mlx.utils import tree_flatten
@@ -11,10 +13,13 @@ from mlx.utils import tree_flatten
 from mlx_adapters.models.layers import adaptable_layers, named_layers
 from mlx_adapters.models.loading import load_model
 from mlx_adapters.sources.bases import resolve_base
+from mlx_adapters.surgery import calls
 from mlx_adapters.surgery.recomputation import (
     CHUNK,
+    Part,
     checkpoint,
     find_parts,
+    recompute,
     recompute_between,
     recurrences_in_chunks,
 )
@@ -205,3 +210,44 @@ def test_a_gated_delta_model_trains_in_less_memory(on_cpu, name, tmp_path):
     with recurrences_in_chunks():
         assert peak_of(gradient, mx.array(1.0)) < 0.75 * whole
         assert mx.allclose(gradient(mx.array(1.0)), expected, rtol=1e-3)
+
+
+class Dropping(nn.Module):
+    """A last layer that draws random numbers, as one of an adapter with dropout does."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.dropout = nn.Linear(8, 4), nn.Dropout(0.5)
+
+    def __call__(self, x):
+        return self.linear(self.dropout(x))
+
+
+class FeedForward(nn.Module):
+    """A feed-forward part."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 8), Dropping()
+
+    def __call__(self, x):
+        return self.down(nn.silu(self.up(x)))
+
+
+@pytest.mark.parametrize("between", [False, True])
+def test_a_layer_has_its_own_weights_again_and_random_numbers_go_on(between):
+    part, x = FeedForward().train(), mx.arange(12.0).reshape(3, 4)
+    own = dict(tree_flatten(part.parameters()))
+    plan = Part(part, (part.up,), (part.down,), (part.up,))
+    after = []
+    for again in (contextlib.nullcontext(), recompute_between(plan) if between else recompute(part)):
+        mx.random.seed(3)
+        with again:
+            y, gradient = mx.value_and_grad(lambda x: mx.sin(part(x)).sum())(x)
+            mx.eval(y, gradient)
+            assert all(array is own[name] for name, array in tree_flatten(part.parameters()))
+        mx.random.seed(3)
+        with recompute_between(plan) if between and after else contextlib.nullcontext():
+            mx.eval(part(x))
+        after.append((y.item(), gradient.tolist(), calls.random_key().tolist()))
+    assert after[0] == after[1]
