@@ -173,13 +173,13 @@ def close(a: Seen, b: Seen) -> bool:
 def test_grad_checkpoint_gives_the_same_weights_with_a_second_forward(observe, monkeypatch):
     from mlx_lm.models import llama
 
-    calls, forward = [0], llama.Attention.__call__
+    calls, forward = [0], llama.TransformerBlock.__call__
 
     def counted(self, *args, **kwargs):
         calls[0] += 1
         return forward(self, *args, **kwargs)
 
-    monkeypatch.setattr(llama.Attention, "__call__", counted)
+    monkeypatch.setattr(llama.TransformerBlock, "__call__", counted)
     sgd = replace(BASE, optimizer="sgd")
     plain, once = observe(sgd), calls[0]
     saving = observe(replace(sgd, grad_checkpoint=True), name="other")
