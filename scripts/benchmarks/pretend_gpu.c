@@ -246,7 +246,7 @@ DOES(cuTensorMapEncodeTiled, (CUtensorMap *map, CUtensorMapDataType type, cuuint
 DOES(cublasLtCreate, (void **made), *made = handle())
 DOES(cublasLtDestroy, (void *made), free(made))
 DOES(cublasLtMatmul, (void))
-DOES(cublasLtMatmulAlgoGetHeuristic, (void *lt, void *desc, void *a, void *b, void *c, void *d, void *p, int n, char *results, int *count), *count = 1)
+DOES(cublasLtMatmulAlgoGetHeuristic, (void *lt, void *desc, void *a, void *b, void *c, void *d, void *p, int n, char *results, int *count), (memset(results, 0, 96 * n), *count = 1))  // their workspaces are of no bytes
 DOES(cublasLtMatmulDescCreate, (void **made), *made = handle())
 DOES(cublasLtMatmulDescDestroy, (void *made), free(made))
 DOES(cublasLtMatmulDescSetAttribute, (void))
