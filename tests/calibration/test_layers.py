@@ -80,7 +80,9 @@ def test_every_layer_that_mlx_lm_quantizes_is_quantized(architecture, tiny_model
 def test_a_layer_that_cannot_be_cut_into_groups_is_named(tiny_model, tmp_path):
     base = tiny_model("deepseek_v3")
     result = fuse(base, visible_adapter(base), tmp_path / "out", quantization=4, options=NEAREST)
-    assert [note.split(":")[0] for note in result.notes] == [f"model.layers.{i}.self_attn.embed_q" for i in (0, 1)]
+    whole, *each = result.notes
+    assert whole.startswith("2 layers of ")
+    assert [note.split(":")[0] for note in each] == [f"model.layers.{i}.self_attn.embed_q" for i in (0, 1)]
 
 
 def test_a_layer_of_any_class_has_a_dense_copy(tiny_model):
