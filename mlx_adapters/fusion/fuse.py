@@ -37,9 +37,8 @@ from mlx_adapters.sources.bases import NAME_IT, full_fine_tune, recorded_base, r
 from mlx_adapters.sources.lookup import load_adapter, several
 from mlx_adapters.storage import files, paths, replacing
 from mlx_adapters.storage.tensor_names import FUSE_RECIPE_FILE, REPORT_FILE
-from mlx_adapters.system.blas import one_thread
 from mlx_adapters.system.door import mx
-from mlx_adapters.system.machine import versions
+from mlx_adapters.system.machine import one_thread, versions
 from mlx_adapters.units import count
 
 # Options that leave the rounding of layers as it is.

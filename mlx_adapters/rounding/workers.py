@@ -36,8 +36,7 @@ from mlx_adapters.rounding.feedback import (
 )
 from mlx_adapters.rounding.grids import Array
 from mlx_adapters.rounding.packed import Packed
-from mlx_adapters.system.blas import one_thread
-from mlx_adapters.system.machine import child_environment, memory_beside_model_bytes, performance_cores
+from mlx_adapters.system.machine import child_environment, memory_beside_model_bytes, one_thread, performance_cores
 
 MOST_WORKERS = 64
 WORTH_WORKERS = 1e10  # multiplications (in² · out, summed over the layers); below, starting them costs more

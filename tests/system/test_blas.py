@@ -9,7 +9,7 @@ from helpers.fusing import visible_adapter
 from mlx_adapters.config.fusing import FuseOptions
 from mlx_adapters.events import Progress
 from mlx_adapters.fusion.fuse import fuse
-from mlx_adapters.system.blas import one_thread
+from mlx_adapters.system.machine import one_thread
 
 
 @pytest.fixture
