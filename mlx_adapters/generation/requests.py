@@ -204,9 +204,9 @@ class Row:
             else:
                 told.append(self.told(token, total, logprobs))
             here = logits[right - 1 : right]
-            following = int(self.choose(mx.array([token]), here).item())
-            sums = mx.logsumexp(here, axis=-1, keepdims=True)  # (1, 1)
-            total, logprobs = sums.item(), (here - sums)[0] if wants else None
+            chosen, sums = self.choose(mx.array([token]), here), mx.logsumexp(here, axis=-1, keepdims=True)
+            mx.eval(chosen, sums)  # waited for once
+            following, total, logprobs = int(chosen.item()), sums.item(), (here - sums)[0] if wants else None
             if right == len(read) or read[right] != following or (told and told[-1].finish_reason):
                 break
         if self.drafts is not None and len(read) > 1:
