@@ -103,7 +103,7 @@ Pair = tuple[mx.array, mx.array]  # keys and values
 def attend(q: mx.array, cached: Pair, recent: Pair, layer: int, new: Pair, counts: mx.array, scale: float) -> mx.array:
     """softmax(scale · q Kᵀ) V over all that counts (above) for this layer.
 
-    q: (1, heads, 1, width); counts: (2,) int32. `scale` is a number.
+    q: (1, heads, 1, width); counts: (2 or more,) int32. `scale` is a number.
     """
     if on_cuda():
         return _by_kernel(q, cached, recent, layer, new, counts, scale)

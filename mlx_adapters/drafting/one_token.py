@@ -29,6 +29,7 @@ WORTH_TOKENS = 8  # so many are computed before a step is compiled: that takes a
 MOST_TOKENS = 8192  # in the cache; with more of them attention takes longer here than in MLX
 MOST_STEPS = 4  # for as many adapters, who may take turns token by token
 MOST_ERROR = 5e-2  # of the largest logit: sums in another order, in 16 bits through all blocks
+COUNTS = 16
 KEPT = "_one_token"  # in the model's __dict__, where MLX looks for no parameters
 
 Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -43,7 +44,7 @@ class _Beside:
 
     def __init__(self, layer: int, cached: Pair, recent: Pair, counts: mx.array) -> None:
         self.layer, self.cached, self.recent, self.counts = layer, cached, recent, counts
-        self.offset = (counts[:-1] + counts[1:])[:1]  # as a batch of one row has it
+        self.offset = counts[:1] + counts[1:2]  # as a batch of one row has it
         self.new: Pair | None = None
         self.attended = False
 
@@ -174,7 +175,12 @@ class OneToken:
         return logits
 
     def _counts(self, cached: int) -> mx.array:
-        return mx.array([cached, self._beside], mx.int32)
+        """(COUNTS,): `cached`, how many lie beside, and more, by which the GPU makes it of numbers that come with the
+        call: where the host writes an array of up to 8 bytes, MLX's CUDA build moves the page that it lies in."""
+        step = self._beside - cached
+        if step == 0:
+            return mx.full((COUNTS,), cached, mx.int32)
+        return mx.arange(cached, cached + COUNTS * step, step, mx.int32)
 
     def _step(self) -> Callable[..., Any]:
         step = self._compiled()

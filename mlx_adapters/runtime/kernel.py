@@ -1,8 +1,7 @@
-"""One GPU kernel that adds a low-rank update to a base product of few tokens, for one adapter or one for each token.
+"""Two GPU kernels that add a low-rank update to a base product of few tokens, for one adapter or one for each token.
 
-Two small products one after the other cost a GPU more in waiting than in work. Here every block of threads computes
-z = a x for itself, from the cache, and then its columns of y · gain + shift + b z: no block waits for another.
-Sums are in float32 and rounded once. One text serves CUDA and Metal; `WORDS` holds what they spell differently.
+z = a x does not wait for the product, so that a GPU computes both beside each other; then y · gain + shift + b z. Sums
+are in float32 and rounded once. One text serves CUDA and Metal; `WORDS` holds what they spell differently.
 """
 
 import hashlib
@@ -17,10 +16,9 @@ from mlx_adapters.system.door import mx
 from mlx_adapters.system.gpu_kernels import Language, build, language, spelled
 from mlx_adapters.system.machine import on_gpu
 
-MOST_TOKENS, MOST_RANKS = 16, 64  # beyond them products are faster; registers hold the sums of so many ranks
+MOST_TOKENS, MOST_RANKS = 16, 64  # beyond them products are faster
 MOST_ERROR = 1e-2  # of the largest number
-MANY_RANKS = 48  # more of them leave a thread too few registers for a block of so many
-THREADS = 512  # of a block: 256 took 1.04, 128 took 1.12 of its time (H200, the layers of a 4B model, rank 8)
+LOW_THREADS, HIGH_THREADS = 128, 256  # of a block
 
 WORDS = {
     "metal": {
@@ -54,54 +52,44 @@ __device__ inline float sum_of_lanes(float v) {
 HEADER = """
 template <typename T> struct alignas(16) Packed { T v[16 / sizeof(T)]; };
 """
-SOURCE = """
+LOW = """
 constexpr int N = 16 / sizeof(T);
-const int in = x_shape[x_ndim - 1], out_width = y_shape[y_ndim - 1], count = a_shape[1];
-const int me = THREAD, token = TOKEN, slot = slots[token];
-int block = BLOCK, part = 0;
-for (; part < count - 1; ++part) {
-  const int blocks = (bounds[part + 1] - bounds[part] + THREADS - 1) / THREADS;
-  if (block < blocks) break;
-  block -= blocks;
-}
-GLOBAL T* row = x + (size_t) token * in;
-GLOBAL T* low = a + ((size_t) slot * count + part) * R * in;
-float sums[R];
-#pragma unroll
-for (int j = 0; j < R; ++j) sums[j] = 0.0f;
+const int in = x_shape[x_ndim - 1], rows = a_shape[1] * a_shape[2];
+const int me = THREAD, row = BLOCK, token = TOKEN;
+GLOBAL T* own = x + (size_t) token * in;
+GLOBAL T* low = a + ((size_t) slots[token] * rows + row) * in;
+float sum = 0.0f;
 for (int k = me * N; k < in; k += THREADS * N) {
-  Packed<T> xs = *(GLOBAL Packed<T>*) (row + k);
+  Packed<T> xs = *(GLOBAL Packed<T>*) (own + k);
+  Packed<T> as = *(GLOBAL Packed<T>*) (low + k);
   #pragma unroll
-  for (int j = 0; j < R; ++j) {
-    Packed<T> as = *(GLOBAL Packed<T>*) (low + (size_t) j * in + k);
-    for (int i = 0; i < N; ++i) sums[j] += (float) xs.v[i] * (float) as.v[i];
-  }
+  for (int i = 0; i < N; ++i) sum += (float) xs.v[i] * (float) as.v[i];
 }
-SHARED float of_lanes[THREADS / 32][R];
-SHARED float z[R];
-#pragma unroll
-for (int j = 0; j < R; ++j) {
-  float v = SUM_OF_LANES(sums[j]);
-  if (me % 32 == 0) of_lanes[me / 32][j] = v;
-}
+SHARED float of_lanes[THREADS / 32];
+sum = SUM_OF_LANES(sum);
+if (me % 32 == 0) of_lanes[me / 32] = sum;
 WAIT;
-if (me < R) {
-  float v = 0.0f;
-  for (int lane = 0; lane < THREADS / 32; ++lane) v += of_lanes[lane][me];
-  z[me] = v;
+if (me == 0) {
+  for (int i = 1; i < THREADS / 32; ++i) sum += of_lanes[i];
+  z[(size_t) token * rows + row] = sum;
 }
-WAIT;
-const int column = bounds[part] + block * THREADS + me;
-if (column < bounds[part + 1]) {
-  float v = (float) y[(size_t) token * out_width + column];
-  const size_t at = (size_t) slot * out_width + column;
+"""
+HIGH = """
+const int width = y_shape[y_ndim - 1], count = z_shape[1];
+const int column = BLOCK * THREADS + THREAD, token = TOKEN;
+if (column < width) {
+  int part = 0;
+  while (part < count - 1 && column >= bounds[part + 1]) ++part;
+  const size_t at = (size_t) slots[token] * width + column;
+  GLOBAL float* own = z + ((size_t) token * count + part) * R;
+  float v = (float) y[(size_t) token * width + column];
   GAIN
-  for (int j = 0; j < R; ++j) v += (float) b[at * R + j] * z[j];
-  out[(size_t) token * out_width + column] = (T) v;
+  #pragma unroll
+  for (int j = 0; j < R; ++j) v += (float) b[at * R + j] * own[j];
+  out[(size_t) token * width + column] = (T) v;
 }
 """
 GAIN, SHIFT = "v *= (float) gain[at];", "v += (float) shift[at];"
-ALWAYS = ("x", "y", "a", "b", "slots", "bounds")
 
 
 def add_update(
@@ -121,45 +109,70 @@ def add_update(
         x: (..., in), of y's type, as a and b are.
         a: (slots, layers, r, in).
         b: (slots, Σ widths, r).
-        slots: (tokens,) uint32.
+        slots: (tokens or more,) uint32.
         gain: (slots, Σ widths), as `shift`.
 
     Returns: (..., Σ widths), in y's type.
     """
-    block = THREADS if a.shape[2] <= MANY_RANKS else THREADS // 2
-    bounds, threads = _shares(tuple(widths), block)
-    scaled = [array for array in (gain, shift) if array is not None]
-    (out,) = _kernel(language(), gain is not None, shift is not None, _built.get(y.dtype, build))(
-        inputs=[x, y, a, b, slots, bounds, *scaled],
-        template=[("T", y.dtype), ("R", a.shape[2]), ("THREADS", block)],
-        grid=(threads, slots.size, 1),
-        threadgroup=(block, 1, 1),
+    _, layers, rank, inputs = a.shape
+    tokens, way = x.size // inputs, _built.get(y.dtype, build)
+    (z,) = _low(language(), way)(
+        inputs=[x, a, slots],
+        template=[("T", y.dtype), ("THREADS", LOW_THREADS)],
+        grid=(layers * rank * LOW_THREADS, tokens, 1),
+        threadgroup=(LOW_THREADS, 1, 1),
+        output_shapes=[(tokens, layers, rank)],
+        output_dtypes=[mx.float32],
+    )
+    scaled = {name: array for name, array in (("gain", gain), ("shift", shift)) if array is not None}
+    (out,) = _high(language(), tuple(scaled), way)(
+        inputs=[y, z, b, slots, _bounds(tuple(widths)), *scaled.values()],
+        template=[("T", y.dtype), ("R", rank), ("THREADS", HIGH_THREADS)],
+        grid=(-(-b.shape[1] // HIGH_THREADS) * HIGH_THREADS, tokens, 1),
+        threadgroup=(HIGH_THREADS, 1, 1),
         output_shapes=[y.shape],
         output_dtypes=[y.dtype],
     )
     return out
 
 
+# Arrays of up to 8 bytes lie in pages that MLX's CUDA build moves when the host writes to one of them; these do not.
 @cache
-def _shares(widths: tuple[int, ...], block: int = THREADS) -> tuple[mx.array, int]:
-    """(where each layer's columns begin and the last one's end, how many threads work for a token)."""
-    return mx.array([0, *accumulate(widths)], mx.int32), block * sum(-(-width // block) for width in widths)
+def _bounds(widths: tuple[int, ...]) -> mx.array:
+    """Where each layer's columns begin and the last one's end."""
+    return mx.array([0, *accumulate(widths), 0], mx.int32)
+
+
+def first(x: mx.array) -> mx.array:
+    """The first slot for each token of x, and some more."""
+    return _zeros(max(x.size // x.shape[-1], 4))
+
+
+@cache
+def _zeros(count: int) -> mx.array:
+    return mx.array([0] * count, mx.uint32)
 
 
 _built: dict[mx.Dtype, Callable[..., Any]] = {}  # how the kernel is built for each type
 
 
 @cache
-def _kernel(own: Language, gain: bool, shift: bool, way: Callable[..., Any]) -> Any:
-    """The kernel, for whatever sizes: compiled once for each type and rank."""
-    names = [*ALWAYS, *(["gain"] if gain else []), *(["shift"] if shift else [])]
-    return way("_".join(["add_update", *names[6:]]), names, ["out"], source(own, names), HEADERS[own] + HEADER)
+def _low(own: Language, way: Callable[..., Any]) -> Any:
+    """z = a x; compiled once for each type."""
+    return way("low", ["x", "a", "slots"], ["z"], spelled(LOW, WORDS[own]), HEADERS[own] + HEADER)
 
 
-def source(own: Language, names: Sequence[str]) -> str:
-    """The kernel's text, for these arrays."""
-    scaled = " ".join(line for name, line in (("gain", GAIN), ("shift", SHIFT)) if name in names)
-    return spelled(SOURCE, WORDS[own] | {"GAIN": scaled})
+@cache
+def _high(own: Language, scaled: tuple[str, ...], way: Callable[..., Any]) -> Any:
+    """y · gain + shift + b z; compiled once for each type and rank."""
+    names = ["y", "z", "b", "slots", "bounds", *scaled]
+    return way("_".join(["high", *scaled]), names, ["out"], high_source(own, scaled), HEADERS[own] + HEADER)
+
+
+def high_source(own: Language, scaled: Sequence[str]) -> str:
+    """The second kernel's text, with `gain` and `shift` if there are such."""
+    lines = " ".join(line for name, line in (("gain", GAIN), ("shift", SHIFT)) if name in scaled)
+    return spelled(HIGH, WORDS[own] | {"GAIN": lines})
 
 
 def serves(y: mx.array, x: mx.array, b: mx.array) -> bool:
@@ -180,19 +193,11 @@ def is_right(dtype: mx.Dtype) -> bool:
     return on_gpu() and _tried(dtype)
 
 
-def first(x: mx.array) -> mx.array:
-    """(tokens,) the first slot for each token of x."""
-    return _zeros(x.size // x.shape[-1])
-
-
-@cache
-def _zeros(count: int) -> mx.array:
-    return mx.array([0] * count, mx.uint32)
-
-
 @cache
 def _tried(dtype: mx.Dtype) -> bool:
-    text = hashlib.sha256((source(language(), [*ALWAYS, "gain", "shift"]) + HEADERS[language()]).encode()).hexdigest()
+    own = language()
+    text = spelled(LOW, WORDS[own]) + high_source(own, ["gain", "shift"]) + HEADERS[own] + HEADER
+    text = hashlib.sha256(text.encode()).hexdigest()
     return tried(f"add_update {text[:16]}, {dtype}", _built, dtype, partial(_error, dtype), MOST_ERROR)
 
 

@@ -11,7 +11,7 @@ measures the GPU's alone, by its own clock, with all of a token handed over befo
 
     python scripts/benchmarks/decode.py --shapes 4b --batches 1 --only "base, one token" "groups, one token" [--gpu]
     python scripts/benchmarks/decode.py --shapes 4b --batches 1 --gpu --only "base, one token" "groups, one token" \\
-        "base, one token by clusters" "groups, apart, one token by clusters still"     # ways of decode_ways.py
+        "base, one token by clusters" "groups, one kernel, one token"     # ways of decode_ways.py
     python scripts/benchmarks/decode.py --shapes 8b 0.5b --batches 1 16 --json decode.json
     python scripts/benchmarks/decode.py --shapes 135m --bits 0 --dtype float32 --tokens 4 --rounds 20    # a CPU
 """
@@ -34,7 +34,7 @@ import mlx_adapters  # noqa: F401  (before mlx: it sees to a fast BLAS)
 # isort: split
 import mlx.core as mx
 import mlx.nn as nn
-from decode_ways import WAYS, Apart, Still, attending
+from decode_ways import WAYS, After, OneKernel, attending
 from mlx_lm.models import llama, qwen2, qwen3
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tuner.lora import LoRALinear
@@ -212,21 +212,15 @@ def unpack_for_prompts(model):
             intercept(layer, lambda original, x, product=product: product(x))
 
 
-class After(ForAll):
-    """One token's update by a kernel of its own, after the product."""
-
-    def of_token(self, product, x, widths):
-        return self.linears(product(x), x, widths)
-
-
 # Name -> (class of the update, keywords of the pool).
 VARIANTS = {
     "each layer": (ForAll, dict(group=False)),
     "groups": (ForAll, dict(group=True)),
     "groups compiled": (ForAll, dict(group=True)),
     "groups, one token": (ForAll, dict(group=True)),
-    "groups, two kernels, one token": (After, dict(group=True)),
-    "groups, apart, one token": (Apart, dict(group=True)),
+    "groups, one kernel, one token": (OneKernel, dict(group=True)),
+    "groups, after, one token": (After, dict(group=True)),
+    "ours, after": (After, dict(group=True)),
     "groups padded": (Padded, dict(group=True)),
     "groups addmm": (Added, dict(group=True)),
     "groups gather": (Gathered, dict(group=True)),
@@ -301,19 +295,17 @@ def prepare(variant, model, adapters):
 
 
 # Which variants may be one compiled step, and what follows "one token" in a name: the step's attention.
-STEPS = ("base", "groups", "groups, two kernels", "groups, apart")
-ATTENTION = [f"{way} {still}".strip() for still in ("", "still") for way in WAYS]
+STEPS = ("base", "groups", "groups, one kernel", "groups, after")
 
 
 def called(variant, model):
     """What is called with tokens: the model, or for one token after another its compiled step."""
-    _, is_step, way = variant.partition("one token")
-    return (Still if way.endswith("still") else OneToken)(model, after=0) if is_step else model
+    return OneToken(model, after=0) if "one token" in variant else model
 
 
 def attention_of(variant):
     """Steps of this variant are made in its block."""
-    return attending(variant.partition("one token")[2].removesuffix("still").strip())
+    return attending(variant.partition("one token")[2].strip())
 
 
 def decode(variant, model, batch, tokens, clock, before=16, gpu=False):
@@ -364,7 +356,7 @@ def prefill(variant, model, batch, tokens, clock):
 def logits(model, batch):
     """Logits of one decode step, in float32."""
     cache = make_prompt_cache(model)
-    model(mx.zeros((batch, 4), dtype=mx.uint32), cache=cache)
+    model(mx.zeros((batch, 40), dtype=mx.uint32), cache=cache)
     return model(mx.full((batch, 1), 7, dtype=mx.uint32), cache=cache).astype(mx.float32)
 
 
@@ -377,10 +369,10 @@ def run(shape, batch, options, clock):
     names = (
         ["base", "base, one token", "base compiled", "base unpacked", "mlx-lm", *VARIANTS]
         if batch == 1
-        else ["base", "mlx-lm", "ours", f"ours/{batch}"]
+        else ["base", "mlx-lm", "ours", "ours, after", f"ours/{batch}"]
     )
     ready, results, reference = {}, {}, None
-    steps = [f"{step}, one token {way}" for way in ATTENTION if way for step in STEPS] if batch == 1 else []
+    steps = [f"{step}, one token {way}" for way in WAYS if way for step in STEPS] if batch == 1 else []
     for name in [n for n in [*names, *steps] if n in (options.only or names)]:
         model = structure(shape, options.bits, dtype)
         model.update(first.parameters())

@@ -1,18 +1,19 @@
-"""Kernels that one token could be computed by, for decode.py to measure beside those that are in.
+"""Ways that one token could be computed by, for decode.py to measure beside those that are in.
 
 Attention (`attending`): "by clusters", of blocks that share out the tokens of heads with the same keys; "by 32 warps",
-the kernel that is in with twice its warps. `Still`: no kernel of a step reads what the host writes; MLX keeps arrays of
-up to 8 bytes in pages that move when the host writes to one of them. `Apart`: an adapter's a x beside the base's
-product, then b z, in place of both after it.
+the kernel that is in with twice its warps. An adapter's update: `OneKernel`, with the base's product; `After`, by one
+kernel after it.
 """
 
 import contextlib
 from functools import cache
 
+from product_kernel import product_and_update, update_after
+
 from mlx_adapters.drafting import attention
 from mlx_adapters.drafting.attention import INPUTS, RECENT
-from mlx_adapters.drafting.one_token import OneToken
 from mlx_adapters.runtime.additions import ForAll, split
+from mlx_adapters.runtime.kernel import first
 from mlx_adapters.system.door import mx
 from mlx_adapters.system.gpu_kernels import FEW, build_quickly
 
@@ -155,39 +156,6 @@ for (int i = rank * OWN + me; i < (rank + 1) * OWN; i += 32 * WARPS) {
 wait_for_cluster();
 """
 
-# A block for each row of a, of all layers on x.
-LOW = """
-constexpr int N = 16 / sizeof(T);
-const int in = x_shape[x_ndim - 1], me = threadIdx.x;
-const T* row = a + (size_t) blockIdx.x * in;
-float sum = 0.0f;
-for (int k = me * N; k < in; k += THREADS * N) {
-  const Few<T, N> xs = *(const Few<T, N>*) (x + k), as = *(const Few<T, N>*) (row + k);
-  #pragma unroll
-  for (int i = 0; i < N; ++i) sum += (float) xs.v[i] * (float) as.v[i];
-}
-for (int d = 16; d; d >>= 1) sum += __shfl_xor_sync(0xffffffff, sum, d);
-__shared__ float sums[THREADS / 32];
-if (me % 32 == 0) sums[me / 32] = sum;
-__syncthreads();
-if (me == 0) {
-  for (int w = 1; w < THREADS / 32; ++w) sum += sums[w];
-  z[blockIdx.x] = sum;
-}
-"""
-# A thread for each column of all layers.
-LIFT = """
-const int column = blockIdx.x * THREADS + threadIdx.x, width = y_shape[y_ndim - 1];
-if (column < width) {
-  int part = 0;
-  while (part < PARTS - 1 && column >= bounds[part + 1]) ++part;
-  float v = (float) y[column];
-  #pragma unroll
-  for (int j = 0; j < R; ++j) v += (float) b[(size_t) column * R + j] * z[part * R + j];
-  out[column] = (T) v;
-}
-"""
-
 
 @cache
 def _attend_split():
@@ -242,62 +210,22 @@ def attending(way):
         attention._by_kernel = IN
 
 
-class Still(OneToken):
-    """Its counts are made by the GPU, of what is handed to a kernel with its call."""
+class OneKernel(ForAll):
+    """One token's product and update in one kernel."""
 
-    def _counts(self, cached):
-        step = self._beside - cached
-        return mx.arange(cached, cached + 16 * step, step, dtype=mx.int32) if step else super()._counts(cached)
-
-
-class Apart(ForAll):
-    """One token's update in two kernels, of which the first does not wait for the product."""
-
-    def of_token(self, product, x, widths):
-        if self.factors.gain is not None:
-            return super().of_token(product, x, widths)
-        return split(lift(product(x), low(x, self.kernel_a), self.kernel_b, bounds_of(tuple(widths))), widths)
+    def compiled(self, product, widths):
+        f, several = self.factors, super().compiled(product, widths)
+        packed = product.arrays, product.options
+        return lambda x: (
+            several(x)
+            if x.size > x.shape[-1]
+            else product_and_update(x, *packed, self.kernel_a, self.kernel_b, widths, f.gain, f.shift)
+        )
 
 
-@cache
-def bounds_of(widths):
-    """(layers + 1,) where each layer's columns begin, and where the last one's end."""
-    made = mx.array([sum(widths[:i]) for i in range(len(widths) + 1)], mx.int32)
-    mx.eval(made)
-    return made
+class After(ForAll):
+    """An update by one kernel, after the product."""
 
-
-@cache
-def _kernel(name):
-    inputs, outputs, source = {"low": (["x", "a"], ["z"], LOW), "lift": (["y", "z", "b", "bounds"], ["out"], LIFT)}[
-        name
-    ]
-    return build_quickly(name, inputs, outputs, source, FEW)
-
-
-def low(x, a, threads=128):
-    """(layers * r,) float32: a x of one token x (..., in), by a (1, layers, r, in)."""
-    rows = a.shape[1] * a.shape[2]
-    (z,) = _kernel("low")(
-        inputs=[x, a],
-        template=[("T", x.dtype), ("THREADS", threads)],
-        grid=(rows * threads, 1, 1),
-        threadgroup=(threads, 1, 1),
-        output_shapes=[(rows,)],
-        output_dtypes=[mx.float32],
-    )
-    return z
-
-
-def lift(y, z, b, bounds, threads=256):
-    """y + b z of one token y (..., width), by b (1, width, r)."""
-    blocks = -(-y.shape[-1] // threads)
-    (out,) = _kernel("lift")(
-        inputs=[y, z, b, bounds],
-        template=[("T", y.dtype), ("R", b.shape[-1]), ("PARTS", bounds.size - 1), ("THREADS", threads)],
-        grid=(blocks * threads, 1, 1),
-        threadgroup=(threads, 1, 1),
-        output_shapes=[y.shape],
-        output_dtypes=[y.dtype],
-    )
-    return out
+    def linears(self, y, x, widths):
+        f = self.factors
+        return split(update_after(y, x, self.kernel_a, self.kernel_b, widths, first(x), f.gain, f.shift), widths)

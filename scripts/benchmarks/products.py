@@ -21,10 +21,9 @@ import mlx_adapters  # noqa: F401  (before mlx)
 # isort: split
 import mlx.core as mx
 from decode import CLOCK, RANK, SHAPES, stamped
-from decode_ways import bounds_of, lift, low
+from product_kernel import SHARES, product_and_update, update_after
 
 from mlx_adapters.runtime import kernel
-from mlx_adapters.runtime.product_kernel import SHARES, product_and_update
 from mlx_adapters.system.gpu_kernels import build_quickly
 
 PACKED = {"group_size": 64, "bits": 4}
@@ -73,16 +72,9 @@ def two_products(layers: Layers, x: mx.array, adds: bool = False) -> list[mx.arr
     return [mx.addmm(y, low, high) if adds else y + low @ high for y, low, high in parts]
 
 
-def kernel_after(layers: Layers, x: mx.array) -> list[mx.array]:
-    """The product, and a kernel that adds the update."""
-    y = layers.product(x)
-    return layers.split(kernel.add_update(y, x, layers.a, layers.b, layers.widths, kernel.first(x)))
-
-
-def beside(layers: Layers, x: mx.array) -> list[mx.array]:
+def by_kernels(layers: Layers, x: mx.array, update: Callable[..., mx.array] = kernel.add_update) -> list[mx.array]:
     """The product and a x, neither of which waits for the other, and a kernel that adds b z."""
-    z = low(x, layers.a)
-    return layers.split(lift(layers.product(x), z, layers.b, bounds_of(layers.widths)))
+    return layers.split(update(layers.product(x), x, layers.a, layers.b, layers.widths, kernel.first(x)))
 
 
 def one_kernel(layers: Layers, x: mx.array, share: tuple[int, int] | None = None) -> list[mx.array]:
@@ -95,8 +87,8 @@ WAYS: dict[str, Callable[[Layers, mx.array], list[mx.array]]] = {
     "groups, no adapter": without,
     "y + (x a) b": two_products,
     "addmm(y, x a, b)": partial(two_products, adds=True),
-    "a kernel after it": kernel_after,
-    "a x beside it, and a kernel after both": beside,
+    "a kernel after it": partial(by_kernels, update=update_after),
+    "a x beside it, and a kernel after both": by_kernels,
     "one kernel": one_kernel,
 }
 WAYS |= {

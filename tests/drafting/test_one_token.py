@@ -184,3 +184,13 @@ def test_a_row_of_a_batch_is_computed_so_while_it_is_alone(model, monkeypatch, m
     monkeypatch.setattr(one_token, "OneToken", lambda module, after: counted(module, made, after))
     assert served() == wanted and [len(each) for each in wanted] == [45, 6, 9, 4]
     assert made and vars(model.module)[KEPT].right
+
+
+def test_what_a_step_is_told_is_no_array_that_the_host_writes(model, made, monkeypatch):
+    """How many lie in the cache and beside it, as one sequence of one shape, also where both are alike."""
+    step = counted(model.module, made)
+    monkeypatch.setattr(mx, "array", None)
+    for cached, beside in ((200, 0), (200, 1), (3, 3), (3, 7)):
+        step._beside = beside
+        counts = step._counts(cached)
+        assert counts[:2].tolist() == [cached, beside] and counts.nbytes > 8 and counts.shape == (16,)

@@ -12,22 +12,19 @@ import pytest
 from mlx_adapters.models import quantized_check
 from mlx_adapters.runtime import additions, kernel
 from mlx_adapters.runtime.factors import Factors
+from mlx_adapters.system.gpu_kernels import spelled
 
-NAMES = (*kernel.ALWAYS, "gain", "shift")
+SCALED = ("gain", "shift")
 
 
 def test_both_languages_share_one_text():
-    metal, cuda = (kernel.source(language, NAMES) for language in ("metal", "cuda"))
-    for word, spelled in sorted(kernel.WORDS["metal"].items(), key=lambda item: -len(item[1])):
-        metal = metal.replace(spelled, kernel.WORDS["cuda"][word])
+    metal, cuda = (
+        spelled(kernel.LOW, kernel.WORDS[own]) + kernel.high_source(own, SCALED) for own in ("metal", "cuda")
+    )
+    for word, own in sorted(kernel.WORDS["metal"].items(), key=lambda item: -len(item[1])):
+        metal = metal.replace(own, kernel.WORDS["cuda"][word])
     assert metal == cuda
-
-
-def test_blocks_of_threads_are_shared_out_among_layers():
-    bounds, threads = kernel._shares((kernel.THREADS + 1, 8))
-    assert bounds.tolist() == [0, kernel.THREADS + 1, kernel.THREADS + 9] and threads == 3 * kernel.THREADS
-    assert kernel._shares((257, 8), 256)[1] == 3 * 256
-    text = kernel.source("cuda", kernel.ALWAYS)
+    text = kernel.high_source("cuda", [])
     assert kernel.GAIN not in text and kernel.SHIFT not in text
 
 
@@ -43,6 +40,7 @@ def gpu(monkeypatch):
 
 def honest(y, x, a, b, widths, slots, gain=None, shift=None):
     """Of products, for two layers or one."""
+    slots = slots[: x.size // x.shape[-1]]
     z = mx.einsum("...i,slri->s...lr", x, a)[slots[0].item()]
     if slots.size > 1:
         z = mx.stack([mx.einsum("i,lri->lr", x[i], a[slots[i].item()]) for i in range(slots.size)])
@@ -146,12 +144,23 @@ def test_a_kernel_that_is_wrong_is_not_used(gpu, wrong):
     assert mx.allclose(added(), expected, atol=1e-4)
 
 
-@pytest.mark.parametrize(("rank", "threads"), [(8, kernel.THREADS), (48, kernel.THREADS), (64, kernel.THREADS // 2)])
-def test_blocks_are_smaller_for_ranks_whose_sums_take_many_registers(monkeypatch, rank, threads):
+def test_the_first_kernel_waits_for_nothing_of_the_product(monkeypatch):
+    """Its threads are a block for each row of a, the second's one for each column; no input of either is so small that
+    it lies in a page which moves when the host writes."""
     seen = []
-    monkeypatch.setattr(kernel, "_kernel", lambda *_: lambda **options: seen.append(options) or ["out"])
-    a, b = mx.zeros((1, 1, rank, 32)), mx.zeros((1, 600, rank))
-    kernel.add_update(mx.zeros((1, 600)), mx.zeros((1, 32)), a, b, (600,), mx.zeros((1,), mx.uint32))
-    (options,) = seen
-    assert options["threadgroup"] == (threads, 1, 1) and options["grid"] == (-(-600 // threads) * threads, 1, 1)
-    assert ("THREADS", threads) in options["template"]
+    outputs = {"z": mx.zeros((2, 2, 8)), "out": mx.zeros((2, 600))}
+
+    def way(name, inputs, names, source, header):
+        return lambda **given: (
+            seen.append((name, dict(zip(inputs, given["inputs"], strict=True)), given)) or [outputs[names[0]]]
+        )
+
+    monkeypatch.setitem(kernel._built, mx.float32, way)
+    a, b, x = mx.zeros((1, 2, 8, 32)), mx.zeros((1, 600, 8)), mx.zeros((2, 32))
+    kernel.add_update(mx.zeros((2, 600)), x, a, b, (500, 100), kernel.first(x))
+    (low, of_low, first), (high, of_high, second) = seen
+    assert low == "low" and "y" not in of_low and high == "high" and of_high["z"] is outputs["z"]
+    assert first["grid"] == (2 * 8 * kernel.LOW_THREADS, 2, 1) and first["output_shapes"] == [(2, 2, 8)]
+    assert second["grid"] == (3 * kernel.HIGH_THREADS, 2, 1) and of_high["bounds"].tolist()[:3] == [0, 500, 600]
+    kernel.add_update(mx.zeros((1, 24)), x[:1], a[:, :1], b[:, :24], (24,), kernel.first(x[:1]))
+    assert all(array.nbytes > 8 for _, arrays, _ in seen for array in arrays.values())
