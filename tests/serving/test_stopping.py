@@ -114,11 +114,10 @@ def test_a_signal_lets_what_is_under_way_finish(prompt, serve, monkeypatch):
                 interrupt()
             return list(lines)
 
-    step = Batcher.step
+    step = Batcher.step  # so slow that it is not over before the server looks
+    monkeypatch.setattr(Batcher, "step", lambda self: time.sleep(0.01) or step(self))
     if len(prompt) > 100:
         monkeypatch.setattr(Batcher, "step", before(Batcher, "step", interrupt))
-    else:  # so slowly that it is not over before the server looks
-        monkeypatch.setattr(Batcher, "step", lambda self: time.sleep(0.01) or step(self))
     done = serve(ask=ask)
     assert done.heard and done.ended and "data: [DONE]" in done.answer and done.leaving == [0]
 
