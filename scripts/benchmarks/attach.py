@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from train_memory import SHAPES, base_folder
@@ -144,6 +145,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--packed", action="store_true", help="as on a GPU: the base stays as it is stored")
     parser.add_argument("--work", type=Path, help="a folder to keep base and adapter in")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, metavar="WAY", help="some of them")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
@@ -155,10 +157,10 @@ def main() -> None:
         if not (work / "adapter").exists():
             write_adapter(base_folder(options.shape, work), work / "adapter")
         print(f"{options.shape} written, {time.perf_counter() - begun:.0f} s", file=sys.stderr, flush=True)
-        runs: dict[str, list[dict]] = {way: [] for way in WAYS}
+        runs: dict[str, list[dict]] = {way: [] for way in options.ways}
         flags = ["--shape", options.shape, "--work", str(work), *(["--packed"] if options.packed else [])]
         for number in range(options.rounds + 1):
-            for way, process in started(flags).items():
+            for way, process in started(flags, options.ways).items():
                 seen = json.loads(process.communicate("begin\n")[0].splitlines()[-1])
                 assert process.returncode == 0, f"'{way}' ended with status {process.returncode}"
                 runs[way] += [seen] if number else []
@@ -169,10 +171,10 @@ def main() -> None:
                 print(table(runs), flush=True)
 
 
-def started(flags: list[str]) -> dict[str, subprocess.Popen]:
+def started(flags: list[str], ways: Sequence[str]) -> dict[str, subprocess.Popen]:
     """A process for each way, which has imported what it needs and waits for a line."""
     command, pipe = [sys.executable, __file__, *flags, "--one"], subprocess.PIPE
-    processes = {way: subprocess.Popen([*command, way], stdin=pipe, stdout=pipe, text=True) for way in WAYS}
+    processes = {way: subprocess.Popen([*command, way], stdin=pipe, stdout=pipe, text=True) for way in ways}
     for process in processes.values():
         while process.stdout.readline() not in ("ready\n", ""):
             pass
