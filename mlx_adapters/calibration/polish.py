@@ -12,6 +12,7 @@ some are kept aside, and say how long to go on.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from mlx import optimizers
@@ -28,6 +29,7 @@ from mlx_adapters.errors import ModelError
 from mlx_adapters.events import OnEvent, Progress, log_warnings
 from mlx_adapters.rounding.grids import round_to
 from mlx_adapters.rounding.packed import Packed, dequantize
+from mlx_adapters.surgery.blocks import Call
 from mlx_adapters.system.door import mx
 from mlx_adapters.system.limits import out_of_memory
 from mlx_adapters.system.machine import usable_memory_bytes
@@ -96,6 +98,16 @@ def on_grid(codes: mx.array, scales: mx.array, biases: mx.array) -> mx.array:
     return values.reshape(values.shape[0], -1)
 
 
+@dataclass(frozen=True)
+class Lesson:
+    """A batch, the teacher's last hidden states on it, and what the student's first block with a grid to move gets."""
+
+    batch: TokenBatch
+    taught: mx.array
+    hidden: mx.array
+    calls: list[Call]
+
+
 class Student:
     """The rounded model, whole, as a function of how its grids are moved. It learns from the `teacher`, the adapter
     model, on some batches, and is judged on others that are kept `aside`."""
@@ -110,33 +122,42 @@ class Student:
     ) -> None:
         self.teacher, self.model, self.grids = teacher, model, Grids(packed)
         (hidden,) = hidden_states([teacher], [*batches, *aside], lambda _: None)
-        self.lessons = list(zip(batches, hidden[: len(batches)], strict=True))
-        self.aside = list(zip(aside, hidden[len(batches) :], strict=True))
         for index in range(len(model.blocks) + 1):
             model.prepare(index)
         modules = dict(
             model.source.module.train().named_modules()
         )  # some kernels have no gradient, and are left out so
         self._layers = {path: (modules[path], codes_of(part)) for path, part in packed.items()}
+        moving = [any(path in packed for path in model.layer_paths(i)) for i in range(len(model.blocks) + 1)]
+        self.enters_anew = moving[-1]  # the embedding is moved
+        self.first = 0 if self.enters_anew else moving.index(True)
+        lessons = [self._lesson(*pair) for pair in zip([*batches, *aside], hidden, strict=True)]
+        self.lessons, self.aside = lessons[: len(batches)], lessons[len(batches) :]
 
-    def kl(self, moves: mx.array, batch: TokenBatch, taught: mx.array) -> mx.array:
-        """KL(adapter ‖ rounded) summed over the judged tokens of a batch, in nats; `taught`: the teacher's last hidden
-        states."""
+    def _lesson(self, batch: TokenBatch, taught: mx.array) -> Lesson:
+        hidden, calls = self.model.blocks.enter(batch.tokens)
+        for index in range(self.first):
+            hidden = self.model.blocks.step(index, hidden, calls[index])
+            mx.eval(hidden)
+        return Lesson(batch, taught, hidden, calls)
+
+    def kl(self, moves: mx.array, lesson: Lesson) -> mx.array:
+        """KL(adapter ‖ rounded) summed over the judged tokens of a batch, in nats."""
         for path, grid in self.grids.moved(moves).items():
             layer, codes = self._layers[path]
             layer.weight = on_grid(codes, *grid)
-        blocks = self.model.blocks
-        hidden, calls = blocks.enter(batch.tokens)
-        for index, call in enumerate(calls):
-            hidden = blocks.step(index, hidden, call)
+        blocks, batch = self.model.blocks, lesson.batch
+        hidden = blocks.enter(batch.tokens)[0] if self.enters_anew else lesson.hidden
+        for index in range(self.first, len(lesson.calls)):
+            hidden = blocks.step(index, hidden, lesson.calls[index])
         own = _log_probabilities(blocks.finish(hidden, batch.judged))  # (judged, vocabulary)
-        wanted = _log_probabilities(self.teacher.blocks.finish(taught, batch.judged))
+        wanted = _log_probabilities(self.teacher.blocks.finish(lesson.taught, batch.judged))
         return (mx.exp(wanted) * (wanted - own)).sum()
 
     def judged(self, moves: mx.array) -> float:
         """Mean KL over the judged tokens of the rows kept aside."""
-        total = sum(self.kl(moves, *pair).item() for pair in self.aside)
-        return total / max(1, sum(batch.judged.size for batch, _ in self.aside))
+        total = sum(self.kl(moves, lesson).item() for lesson in self.aside)
+        return total / max(1, sum(lesson.batch.judged.size for lesson in self.aside))
 
 
 def _log_probabilities(logits: mx.array) -> mx.array:
@@ -153,13 +174,13 @@ def polish(
     """
     best = moves = mx.zeros((2, student.grids.steps.size))
     before = least = student.judged(moves)
-    tokens = sum(batch.judged.size for batch, _ in student.lessons) / len(student.lessons)  # of a typical batch
-    slope = mx.grad(lambda moves, *lesson: student.kl(moves, *lesson) / max(tokens, 1))
+    tokens = sum(lesson.batch.judged.size for lesson in student.lessons) / len(student.lessons)  # of a typical batch
+    slope = mx.grad(lambda moves, lesson: student.kl(moves, lesson) / max(tokens, 1))
     schedule = optimizers.cosine_decay(rate, passes * len(student.lessons))
     adam = optimizers.Adam(schedule, betas=list(MOMENTA), bias_correction=True)
     for number in range(passes):
         for lesson in student.lessons:
-            moves = adam.apply_gradients({"moves": slope(moves, *lesson)}, {"moves": moves})["moves"]
+            moves = adam.apply_gradients({"moves": slope(moves, lesson)}, {"moves": moves})["moves"]
             mx.eval(moves, adam.state)
         if (kl := student.judged(moves)) < least:  # (NaN is not)
             least, best = kl, moves

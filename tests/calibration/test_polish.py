@@ -60,22 +60,27 @@ def few_words(seed, count):
 
 @pytest.fixture
 def rounded(tiny_model):
-    """(what makes a pupil of rows, the rounded layers, what judges layers on other rows)."""
+    """(what makes a pupil of rows, of some layers, the rounded layers, what judges layers on other rows)."""
     base = resolve_base(tiny_model("llama", bits=4))
     updates = Updates(((visible_adapter(base.folder, strength=0.05), 1.0),))
     source = BlockwiseModel(base, updates).source
-    packed = {p: nearest(source.fused(p, updates), Q, mx.bfloat16) for p in updates.paths() if "layers" in p}
+    every = {p: nearest(source.fused(p, updates), Q, mx.bfloat16) for p in source.layers}
+    packed = {p: part for p, part in every.items() if "layers" in p}
 
     def models(layers):
         exact = BlockwiseModel(base, updates)
         return exact, BlockwiseModel(
-            base, updates, updates.paths().__contains__, lambda p: dequantize(layers[p]) if p in layers else None, exact
+            base, updates, source.layers.__contains__, lambda p: dequantize(layers[p]) if p in layers else None, exact
         )
 
-    def judge(layers):
-        return measure_fidelity(*models(layers), None, few_words(7, 4)).kl_mean
+    def judge(layers, seed=7, rows=4):
+        return measure_fidelity(*models(layers), None, few_words(seed, rows)).kl_mean
 
-    return lambda: Student(*models(packed), packed, few_words(1, 10), few_words(2, 3)), packed, judge
+    def pupil(among="layers"):
+        layers = {p: part for p, part in every.items() if any(name in p for name in among.split())}
+        return Student(*models(layers), layers, few_words(1, 10), few_words(2, 3))
+
+    return pupil, packed, judge
 
 
 def test_tuning_lowers_kl_on_rows_it_did_not_see_and_keeps_the_codes(rounded):
@@ -90,6 +95,19 @@ def test_tuning_lowers_kl_on_rows_it_did_not_see_and_keeps_the_codes(rounded):
     assert steps == list(range(1, len(steps) + 1)) and seen[-1].total == len(steps)
     again, *kl = polish(student(), passes=4, rate=0.02)
     assert kl == [before, after] and all(same(again[p], tuned[p]) for p in packed), "the same bits each time"
+
+
+@pytest.mark.parametrize(("among", "first"), [("layers", 0), ("layers.1", 1), ("layers.1 embed_tokens", 0)])
+def test_blocks_before_the_first_with_a_grid_to_move_are_computed_once(rounded, monkeypatch, among, first):
+    pupil, _, judge = rounded
+    student, steps = pupil(among), []
+    blocks = student.model.blocks
+    step = blocks.step
+    monkeypatch.setattr(blocks, "step", lambda index, *rest: steps.append(index) or step(index, *rest))
+    moves = 0.1 * mx.random.normal((2, student.grids.steps.size), key=mx.random.key(0))
+    seen = student.judged(moves)
+    assert set(steps) == set(range(first, len(blocks)))
+    assert seen == pytest.approx(judge(student.grids.repacked(moves), 2, 3), rel=1e-3)
 
 
 def test_what_does_not_help_is_not_taken(rounded):
