@@ -53,7 +53,11 @@ class Judge:
         from mlx_adapters.calibration.blockwise import BlockwiseModel
         from mlx_adapters.sources.bases import resolve_base
 
-        return self._figures(self._logs(BlockwiseModel(resolve_base(folder), None, lambda _: True)))
+        return self.model(BlockwiseModel(resolve_base(folder), None, lambda _: True))
+
+    def model(self, model):
+        """The same of one that goes through its blocks."""
+        return self._figures(self._logs(model))
 
     def _logs(self, variant):
         import mlx.core as mx
