@@ -44,9 +44,11 @@ def round_layers(
     on_event: OnEvent,
     also: Iterable[Quantization] = (),
     seed: int = 0,
-    thorough: bool = True,
+    thorough: bool | None = None,
 ) -> list[str]:
     """Round every layer of `plans` that is to be quantized anew, to its target and to the precisions `also`.
+
+    `thorough`: whether rows cancel each other's errors; None: at the target, but not at the others.
 
     What `spool` holds already stays. On a CPU workers round the layers whose moments are there while those of the next
     ones are collected. Returns the paths of layers of which calibration tells nothing: they are not rounded.
@@ -129,13 +131,15 @@ def _alike(
     return [other for other in moments if kind(other) == kind(path)][: max(1, most)]
 
 
-def _ways(main: Quantization, thorough: bool, targets: Iterable[Quantization]) -> tuple[Way, ...]:
-    """How to round to each of `targets`: to `main`, if `thorough`, with rows that cancel each other's errors.
+def _ways(main: Quantization, thorough: bool | None, targets: Iterable[Quantization]) -> tuple[Way, ...]:
+    """How to round to `main`, and to the other `targets`, to choose from.
 
-    The others, to choose from, get few sweeps: three of them take less than `main` alone, with errors 5 % above what
-    all sweeps leave.
+    Unless all is to be `thorough`, these get few sweeps, row by row: three of them take less than `main` alone, with
+    errors 5 % above what all sweeps leave, and a quarter above what rows leave that cancel each other's errors.
     """
-    return tuple(Way(q, thorough and q == main, SWEEPS if q == main else FEW_SWEEPS) for q in targets)
+    return tuple(
+        Way(q, q == main if thorough is None else thorough, SWEEPS if q == main else FEW_SWEEPS) for q in targets
+    )
 
 
 def _together(

@@ -194,6 +194,8 @@ def polished(
     targets: Mapping[str, Quantization | None],
     rows: list[TokenRow],
     on_event: OnEvent = log_warnings,
+    passes: int = TUNING_PASSES,
+    rate: float = RATE,
 ) -> str:
     """Exchange the layers of `spool` at these precisions for tuned ones. Returns what that brought on one in ASIDE of
     the `rows`, from which they do not learn, in words. Raises ModelError where memory is too
@@ -211,7 +213,7 @@ def polished(
             exact = BlockwiseModel(assembly.base, assembly.updates)
             model = with_rounded(assembly, spool, targets, exact)
             batches = (batches_of(some, assembly.base, TOKENS) for some in (rest, aside))
-            packed, before, after = polish(Student(exact, model, packed, *batches), on_event=on_event)
+            packed, before, after = polish(Student(exact, model, packed, *batches), passes, rate, on_event)
     except RuntimeError as error:
         if not out_of_memory(error):
             raise

@@ -173,7 +173,7 @@ class Strategy:
                     self._foretelling(rows),
                     self._finer(),
                     options.seed,
-                    options.thorough is not False,
+                    options.thorough,
                 )
             except ModelError as error:
                 if self.mixed or options.method == "calibrated":

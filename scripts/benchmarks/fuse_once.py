@@ -21,7 +21,7 @@ from mlx_adapters.assembly.spool import Spool
 from mlx_adapters.assembly.tensors import open_assembly
 from mlx_adapters.assembly.weights import Updates
 from mlx_adapters.calibration.blockwise import BlockwiseModel, with_rounded
-from mlx_adapters.calibration.polish import polished
+from mlx_adapters.calibration.polish import RATE, TUNING_PASSES, polished
 from mlx_adapters.calibration.strategy import Strategy
 from mlx_adapters.config.fusing import FuseOptions
 from mlx_adapters.config.quantization import Precision
@@ -43,7 +43,9 @@ class Once:
             calibration_rows=arguments.calibration_rows,
             check_rows=arguments.check_rows,
             budget_bits=8,
+            thorough=arguments.thorough or None,
         )
+        self.tunings = [(int(passes), float(rate)) for passes, rate in (t.split(":") for t in arguments.tunings)]
         self.strategy = self.fresh()
         self.rows = self.strategy.text.calibration
         self.judge = Judge(work / "base", adapter, self.strategy.text)
@@ -89,12 +91,13 @@ class Once:
         assembly.retarget(strategy._choose_targets(self.spool()) if more else {})
         targets = strategy._rounded(self.spool())
         name = f"calibrated, {more:g} bits more" if more else "calibrated"
-        for tuned in (False, True):
+        self.tell(name, with_rounded(assembly, self.spool(), targets, BlockwiseModel(self.base, self.updates)))
+        for passes, rate in self.tunings:
             spool = self.spool()
-            told = polished(assembly, spool, targets, self.rows, lambda event: None) if tuned else ""
+            told = polished(assembly, spool, targets, self.rows, lambda event: None, passes, rate)
             beside = BlockwiseModel(self.base, self.updates)
-            self.tell(name + ", tuned" * tuned, with_rounded(assembly, spool, targets, beside))
-            print(told, end="\n" if told else "")
+            self.tell(f"  tuned, {passes} passes at {rate:g}", with_rounded(assembly, spool, targets, beside))
+            print(told)
 
 
 def main():
@@ -105,6 +108,8 @@ def main():
     parser.add_argument("--calibration-rows", type=int, default=128)
     parser.add_argument("--check-rows", type=int, default=100)
     parser.add_argument("--more-bits", nargs="*", type=float, default=[0.1])
+    parser.add_argument("--thorough", action="store_true", help="finer precisions as --thorough rounds to them")
+    parser.add_argument("--tunings", nargs="*", default=[f"{TUNING_PASSES}:{RATE}"], metavar="PASSES:RATE")
     parser.add_argument("--nearest-alone", action="store_true")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -10,6 +10,7 @@ from helpers.fusing import some_rows, visible_adapter
 from mlx_adapters.assembly import spool
 from mlx_adapters.assembly.weights import Updates
 from mlx_adapters.calibration import polish as tuning
+from mlx_adapters.calibration import strategy
 from mlx_adapters.calibration.blockwise import BlockwiseModel
 from mlx_adapters.calibration.fidelity import measure_fidelity
 from mlx_adapters.calibration.polish import Grids, Student, codes_of, on_grid, polish, tunable
@@ -120,7 +121,7 @@ def test_what_does_not_help_is_not_taken(rounded):
 def job(tiny_model, tmp_path, monkeypatch):
     """A fuse to be called with options; two passes are enough here."""
     monkeypatch.setattr(spool, "WORTH_KEEPING", 0.0)
-    monkeypatch.setattr(tuning, "polish", partial(polish, passes=2, rate=0.02))
+    monkeypatch.setattr(strategy, "polished", partial(tuning.polished, passes=2, rate=0.02))
     folder = tiny_model("llama", bits=4)
     words = np.random.default_rng(0).choice(["alpha", "beta", "gamma", "delta"], (24, 16))
     rows = [{"text": " ".join(row)} for row in words]
