@@ -295,6 +295,19 @@ def test_layers_that_are_alike_are_rounded_in_one_batch_and_one_by_one_where_mem
         assert alike > (0.3 if on_gpu() else 0.7)
 
 
+@pytest.mark.parametrize(("thorough", "together"), [(None, {4}), (False, set()), (True, {4, 5, 6, 8})])
+def test_rows_cancel_each_others_errors_at_the_base_s_bits_and_with_thorough_at_all(
+    tiny_model, tmp_path, monkeypatch, thorough, together
+):
+    folder, seen, run = tiny_model("llama", bits=4), [], Task.run
+    monkeypatch.setattr(Task, "run", lambda task, *rest: seen.extend(task.ways) or run(task, *rest))
+    monkeypatch.setattr("mlx_adapters.calibration.strategy.polished", lambda *_: "")
+    options = FuseOptions(budget_bits=7, calibration_rows=4, check=False, thorough=thorough)
+    fuse(folder, visible_adapter(folder), tmp_path / "out", options=options)
+    assert {way.quantization.bits for way in seen} == {4, 5, 6, 8}
+    assert {way.quantization.bits for way in seen if way.together} == together
+
+
 def test_outputs_count_as_much_as_their_inputs_are_large():
     x, g = (mx.random.normal((30, n), key=mx.random.key(n)) for n in (6, 5))
     seen = moments.Moments()
