@@ -20,6 +20,7 @@ from mlx_adapters.system.door import mx
 from mlx_adapters.system.machine import on_gpu
 
 EVERY = slice(None)
+AT_ONCE = 1 << 15  # numbers: NumPy's new arrays of more are fresh memory each time, slower than the sums
 
 
 def not_finite(path: str) -> FormatError:
@@ -77,10 +78,13 @@ def sums_of(base: mx.array, fused: mx.array, stored: mx.array, some: slice = EVE
     yet to be computed."""
     if on_gpu():
         return _dots(base[some], fused[some], stored, lambda x, y: (x * y).sum())
-    rows = as_numpy(base)[some], as_numpy(fused)[some], as_numpy(stored)
-    w, changed, kept = (part.reshape(-1) for part in rows)
+    rows, sums = (as_numpy(base)[some], as_numpy(fused)[some], as_numpy(stored)), np.zeros(4)
+    step = max(1, AT_ONCE // math.prod(rows[0].shape[1:]))
     with np.errstate(over="ignore", invalid="ignore"):  # `SurvivalSum.result` refuses what comes of it
-        return _dots(w, changed, kept, lambda x, y: float(np.einsum("i,i->", x, y)))  # (np.dot wakes BLAS threads)
+        for start in range(0, len(rows[0]), step):
+            few = (part[start : start + step].reshape(-1) for part in rows)
+            sums += _dots(*few, lambda x, y: np.einsum("i,i->", x, y))  # (np.dot wakes BLAS threads)
+    return sums.tolist()
 
 
 def _dots(base: Any, fused: Any, stored: Any, dot: Callable[[Any, Any], Any]) -> list[Any]:

@@ -5,8 +5,6 @@ function that makes them. Units are packed into shards; a shard is written as it
 the unit read is dropped at once.
 """
 
-import functools
-import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -20,7 +18,6 @@ from mlx_adapters.storage import files, paths, tensor_files
 from mlx_adapters.storage.tensor_files import StoredTensor
 from mlx_adapters.system.door import mx
 from mlx_adapters.system.limits import trim_cache
-from mlx_adapters.system.machine import on_gpu
 
 SHARD_BYTES = 5 << 30
 TOKENIZER_CONFIG, TEMPLATE_FILE = "tokenizer_config.json", "chat_template.jinja"
@@ -97,7 +94,7 @@ def write_weights(
     paths.require_free_space(folder, total + SPARE_BYTES)
     shards = make_shards(units, limit)
     index, hashes = dict[str, str](), dict[str, str]()
-    done, turns = iter(range(1, len(units) + 1)), itertools.cycle(_streams())
+    done = iter(range(1, len(units) + 1))
     for number, shard in enumerate(shards, 1):
         name = _shard_name(number, len(shards) + bool(more))
         layout = [entry for unit in shard for entry in unit.layout]
@@ -105,8 +102,7 @@ def write_weights(
         def arrays(shard: list[Unit] = shard) -> Iterator[mx.array]:
             for unit, following in zip(shard, [*shard[1:], None], strict=True):
                 if following is not None:
-                    with mx.stream(next(turns)):
-                        following.begin()
+                    following.begin()
                 made = unit.make()
                 mx.eval(made)
                 while made:
@@ -122,16 +118,6 @@ def write_weights(
         index |= dict.fromkeys(more, name)
     files.write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
     return Written(total, sha256=hashes)
-
-
-def _streams() -> list[Any]:
-    """Where units are begun in turn. On a CPU a stream is one thread: two compute, and the default one reads."""
-    return [mx.default_stream(mx.default_device())] if on_gpu() else _cpu_streams()
-
-
-@functools.cache
-def _cpu_streams() -> list[Any]:
-    return [mx.new_thread_local_stream(mx.cpu) for _ in range(2)]
 
 
 def _shard_name(number: int, count: int) -> str:

@@ -40,3 +40,16 @@ def test_what_is_stored_is_finite_or_not_whatever_device_says_so(dtype, value, m
         monkeypatch.setattr(survival, "on_gpu", lambda gpu=gpu: gpu)
         told = RowsTold(mx.zeros((2, 2)), [mx.zeros((2, 2), mx.uint32), stored])
         assert told.read()[0] == np.isfinite(value)
+
+
+@pytest.mark.parametrize("shape", [(40, 6), (9, 4, 5)])
+@pytest.mark.parametrize("some", [survival.EVERY, slice(None, None, 3)])
+@pytest.mark.parametrize("at_once", [1, 13, 1000])
+def test_sums_are_those_of_all_rows_however_many_are_added_up_at_once(monkeypatch, shape, some, at_once):
+    monkeypatch.setattr(survival, "AT_ONCE", at_once)
+    base, fused, stored = (mx.random.normal(shape, key=mx.random.key(n)) for n in range(3))
+    told = mx.stack([mx.array(each) for each in survival.sums_of(base, fused, stored[some], some)]).tolist()
+    w, changed, kept = (np.array(part, np.float64)[some] for part in (base, fused, stored))
+    d, held = changed - w, kept - w
+    wanted = [(x * y).sum() for x, y in ((d, held), (d, d), (held, held), (w, w))]
+    assert told == pytest.approx(wanted, rel=1e-5)

@@ -10,7 +10,7 @@ from helpers.fusing import IDS, visible_adapter
 from helpers.tiny_configs import tiny_base
 from mlx_lm.utils import load_model as load_as_mlx_lm_does
 
-from mlx_adapters.assembly import survival, tensors, writing
+from mlx_adapters.assembly import survival, tensors
 from mlx_adapters.assembly.tensors import Assembly
 from mlx_adapters.config.fusing import FuseOptions
 from mlx_adapters.config.quantization import Quantization
@@ -78,27 +78,3 @@ def test_a_layer_that_nvfp4_cannot_hold_is_told(tiny_model, tmp_path, deviation,
         result = fuse(base, adapter, tmp_path / mode, quantization=quantization, options=options)
         words = [note for note in result.notes if "nvfp4" in note]
         assert len(words) == told and all(f"'{path}'" in note for note in words), words
-
-
-@pytest.mark.parametrize(("gpu", "streams"), [(False, 2), (True, 1)])
-def test_units_are_begun_in_turn_on_two_threads_of_a_cpu(tmp_path, monkeypatch, gpu, streams):
-    monkeypatch.setattr(writing, "on_gpu", lambda: gpu)
-    seen, made = {}, {}
-
-    def unit(number):
-        def begin():
-            seen[number] = str(mx.default_stream(mx.default_device()))
-            made[number] = mx.full((3,), float(number)) * 2
-            mx.async_eval(made[number])
-
-        def make():
-            if number not in made:
-                begin()
-            return [made.pop(number)]
-
-        return writing.Unit([(f"part.{number}", "float32", (3,))], make, begin)
-
-    writing.write_weights(tmp_path, [unit(number) for number in range(5)], lambda _: None)
-    assert (seen[1], seen[2]) == (seen[3], seen[4]) and len({seen[1], seen[2]}) == streams
-    written = mx.load(str(tmp_path / FILE))
-    assert {name: part.tolist() for name, part in written.items()} == {f"part.{n}": [2.0 * n] * 3 for n in range(5)}
