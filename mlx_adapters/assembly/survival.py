@@ -82,8 +82,8 @@ def sums_of(base: mx.array, fused: mx.array, stored: mx.array, some: slice = EVE
     step = max(1, AT_ONCE // math.prod(rows[0].shape[1:]))
     with np.errstate(over="ignore", invalid="ignore"):  # `SurvivalSum.result` refuses what comes of it
         for start in range(0, len(rows[0]), step):
-            few = (part[start : start + step].reshape(-1) for part in rows)
-            sums += _dots(*few, lambda x, y: np.einsum("i,i->", x, y))  # (np.dot wakes BLAS threads)
+            w, changed, kept = (part[start : start + step].reshape(-1) for part in rows)
+            sums += _dots(w, changed, kept, lambda x, y: np.einsum("i,i->", x, y))  # (np.dot wakes BLAS threads)
     return sums.tolist()
 
 
