@@ -128,7 +128,7 @@ def use(reference: AdapterLike) -> Entry:
             stream.write(files.json_text(metadata, METADATA_FILE).encode())
             stream.flush()
             temporaries.flush(stream.fileno())  # a full disk shows here
-            files.link_or_copy(chosen, folder / ADAPTER_FILE)
+            files.copy_file(chosen, folder / ADAPTER_FILE)
     return registry.read_entry(folder)
 
 

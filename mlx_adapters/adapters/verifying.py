@@ -141,19 +141,23 @@ def _check(what: str, look: Callable[[], str]) -> Check:
 
 
 def _check_checksums(entry: Entry) -> str:
-    folders = {entry.folder: entry.metadata}
+    recorded = {entry.folder / name: digest for name, digest in registry.checksums_of(entry.metadata).items()}
+    copies: dict[Path, str] = {}
     for state in paths.visible(entry.folder, f"{CHECKPOINTS_FOLDER}/*/state.json"):
-        folders[state.parent] = files.read_json(state)
-    recorded = [(folder, *pair) for folder, record in folders.items() for pair in registry.checksums_of(record).items()]
+        sums = registry.checksums_of(files.read_json(state))
+        recorded |= {state.parent / name: digest for name, digest in sums.items()}
+        copy = entry.folder / f"{state.parent.name}_{ADAPTER_FILE}"
+        if ADAPTER_FILE in sums and copy.is_file():
+            copies[copy] = sums[ADAPTER_FILE]
     if not recorded:
         raise _NotCheckedError("none are recorded")
-    for folder, name, expected in recorded:
-        shown = f"{folder.name}/{name}"
-        if name not in {path.name for path in folder.iterdir() if path.is_file()}:
+    for path, expected in (recorded | copies).items():
+        shown = f"{path.parent.name}/{path.name}"
+        if path.name not in {there.name for there in path.parent.iterdir() if there.is_file()}:
             raise FormatError(f"'{shown}' is recorded but missing.", "copy or download the whole adapter.")
-        if (digest := files.sha256(folder / name)) != expected:
-            raise FormatError(f"'{shown}' is not the file that was recorded.", _whose(entry, digest, folder / name))
-    return f"{len(recorded)} {'file' if len(recorded) == 1 else 'files'} as recorded"
+        if (digest := files.sha256(path)) != expected:
+            raise FormatError(f"'{shown}' is not the file that was recorded.", _whose(entry, digest, path))
+    return f"{count(len(recorded | copies), 'file')} as recorded"
 
 
 def _whose(entry: Entry, digest: str, path: Path) -> str:
@@ -161,6 +165,9 @@ def _whose(entry: Entry, digest: str, path: Path) -> str:
         for iteration in entry.iterations:
             if files.sha256(registry.checkpoint_path(entry, iteration)) == digest:
                 return f"it is checkpoint {iteration}: 'use {entry.name}@{iteration}' records that."
+    whole = entry.folder / CHECKPOINTS_FOLDER / path.name.removesuffix(f"_{ADAPTER_FILE}") / ADAPTER_FILE
+    if path.parent == entry.folder and whole.is_file():
+        return f"it was written over; as it was saved it is in '{whole.relative_to(entry.folder)}'."
     return "it was changed or damaged after it was written."
 
 

@@ -65,8 +65,7 @@ def write_own_form(
             rewritten.add(name)
             tensor_files.write_safetensors(target / name, adapter.weights)
         elif path != target / name:
-            copy = files.link_or_copy if is_cached(path) else files.copy_file
-            copy(path.resolve(), target / name)
+            files.copy_file(path, target / name)
         on_event(Progress("add", done, len(taken), "file"))
     record = first.metadata | dict(origin or {})
     if rewritten and "sha256" in record:

@@ -28,7 +28,7 @@ from mlx_adapters.storage.paths import (
     why_gone,
 )
 from mlx_adapters.storage.replacing import NOTHING, Output, refuse_existing
-from mlx_adapters.storage.temporaries import draft, flush, flush_path, flush_tree, in_draft, swap_in
+from mlx_adapters.storage.temporaries import clone, draft, flush_path, flush_tree, in_draft, swap_in
 
 DAMAGED = "it may be damaged, or saved as another kind of file; copy or download it again."
 
@@ -76,9 +76,8 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
             _keep_private(path, temporary)
             with stream:
                 yield stream
-                stream.flush()
-                if not drafted:
-                    flush(stream.fileno())
+            if not drafted:
+                flush_path(temporary)
             os.replace(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)
@@ -200,24 +199,17 @@ def read_json(path: str | Path) -> dict[str, Any]:
     return value
 
 
-def link_or_copy(source: Path, target: Path) -> None:
-    """Make `target` the same file as `source` (a hard link, or a copy where links are not possible)."""
-    target = Path(target)
-    with draft_beside(target) as folder:
-        temporary = folder / "new"
-        try:
-            os.link(source, temporary)
-        except OSError:
-            shutil.copy2(source, temporary)  # with its time, by which a copy is known
-            flush_path(temporary)
-        os.replace(temporary, target)
-        flush_path(target.parent)
-
-
 def copy_file(source: Path, target: Path) -> None:
-    """Copy one file, whole or not at all."""
+    """Copy one file with its time, by which a copy is known, whole or not at all.
+
+    Where the disk can, both share their blocks until one is written. Never a hard link: other programs write in place.
+    """
     with atomic_file(target) as out, open(source, "rb") as stream:
-        shutil.copyfileobj(stream, out, 1 << 20)
+        if not clone(stream, out):
+            shutil.copyfileobj(stream, out, 1 << 20)
+            out.flush()
+        facts = os.fstat(stream.fileno())
+        os.utime(out.name, ns=(facts.st_atime_ns, facts.st_mtime_ns))
 
 
 def move(source: Path, target: Path) -> None:

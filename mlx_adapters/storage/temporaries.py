@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from mlx_adapters.errors import TrainingError
 from mlx_adapters.storage.locks import lock_file
@@ -24,6 +25,7 @@ MARKER = "written-by-mlx-adapters"
 OLD = f"{TEMPORARY_PREFIX}old"  # what a swap on a disk without exchange has put aside
 YOUNG_SECONDS = 60  # its writer may be about to lock it
 UNLOCKABLE_SECONDS = 7 * 24 * 3600  # where there are no locks, nothing is written for longer
+FICLONE = 0x40049409  # of linux/fs.h
 NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
@@ -110,6 +112,26 @@ def exchange(one: Path, other: Path) -> bool:
         here = -100  # AT_FDCWD
         return libc.renameat2(here, os.fsencode(one), here, os.fsencode(other), swap) == 0
     except AttributeError:
+        return False
+
+
+def clone(source: IO[bytes], new: IO[bytes]) -> bool:
+    """Let an empty file share the blocks of `source` until one of both is written; False if that cannot be.
+
+    On macOS another file takes the place of `new`, which is then to be found by its name alone.
+    """
+    if sys.platform == "darwin":
+        libc, twin = ctypes.CDLL(None), f"{new.name}-clone"
+        locked = getattr(os.fstat(source.fileno()), "st_flags", 0)  # in Finder, say: so would the clone be
+        if locked or not hasattr(libc, "clonefile") or libc.clonefile(os.fsencode(source.name), os.fsencode(twin), 0):
+            return False
+        os.chmod(twin, os.fstat(new.fileno()).st_mode)
+        os.replace(twin, new.name)
+        return True
+    try:
+        fcntl.ioctl(new, FICLONE, source.fileno())
+        return True
+    except OSError:
         return False
 
 

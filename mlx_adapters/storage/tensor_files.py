@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_adapters.errors import FormatError, NotFoundError
-from mlx_adapters.storage.files import atomic_file
+from mlx_adapters.storage.files import atomic_file, sha256
 from mlx_adapters.storage.paths import refuse_pointer, require_free_space, undrafted, unreadable, why_gone
 from mlx_adapters.storage.replacing import stat_of
 from mlx_adapters.storage.temporaries import flush
@@ -326,21 +326,19 @@ def copy_tensors(path: Path, tensors: Mapping[str, StoredTensor], metadata: Mapp
 
 
 def chosen_iteration(folder: Path, recorded: int | None) -> int | None:
-    """The checkpoint that `adapters.safetensors` is: a hard link to it or, on a disk without links, its copy.
+    """The checkpoint that `adapters.safetensors` is a copy of, or a hard link to, as earlier versions made.
 
-    A copy is known by its size and time. Where several could be meant, or none, it is the one `recorded`.
+    It is known by its size and time; where several have these, by its bytes. If by none, it is the one `recorded`.
     """
     weights = stat_of(folder / ADAPTER_FILE)
     if weights is None:
         return recorded
-    links, copies = set(), set()
-    for iteration in iterations_of(folder):
-        stat = stat_of(folder / checkpoint_file(iteration))
-        if stat and os.path.samestat(stat, weights):
-            links.add(iteration)
-        elif stat and (stat.st_size, stat.st_mtime_ns) == (weights.st_size, weights.st_mtime_ns):
-            copies.add(iteration)
-    likely = links or copies
+    stats = {iteration: stat_of(folder / checkpoint_file(iteration)) for iteration in iterations_of(folder)}
+    known = (weights.st_size, weights.st_mtime_ns)
+    likely = [iteration for iteration, s in stats.items() if s and (s.st_size, s.st_mtime_ns) == known]
+    if len(likely) > 1:
+        own = sha256(folder / ADAPTER_FILE)
+        likely = [iteration for iteration in likely if sha256(folder / checkpoint_file(iteration)) == own]
     return recorded if recorded in likely or len(likely) != 1 else likely.pop()
 
 

@@ -2,7 +2,7 @@
 
 A run leaves nothing on the disk before its first checkpoint: with that the folder comes into being, whole, and only
 then takes the place of an older adapter. `checkpoints/` holds the truth, and the rest is derived from it after each
-save: the adapter that the bare name means, the links to each checkpoint's weights, and the metadata.
+save: the adapter that the bare name means, copies of each checkpoint's weights, and the metadata.
 """
 
 import contextlib
@@ -86,9 +86,10 @@ class RunFolder:
         replacing.refuse_existing(self.path, self.overwrite, ADAPTER_OUTPUT)
         files.require_writable(self.path)
 
-    def require_space(self, *saved: Weights) -> None:
+    def require_space(self, weights: Weights, optimizer: Weights) -> None:
         """Raise StorageError, before there is anything to lose, if the disk has no room for a checkpoint."""
-        paths.require_free_space(self.path, sum(a.nbytes for arrays in saved for a in arrays.values()))
+        copied = 3 * sum(array.nbytes for array in weights.values())  # its own, its copy, and what the bare name means
+        paths.require_free_space(self.path, copied + sum(array.nbytes for array in optimizer.values()))
 
     def update_recipe(self, recipe: dict[str, Any]) -> None:
         """Record the settings that a resumed run may change; what else the record holds stays."""
@@ -112,12 +113,8 @@ class RunFolder:
             states.save(self.path, state, weights, optimizer)
             self.refresh(state)
         elif self.writes:  # the first time, or somebody took the folder away
-            assert self.adapter is not None
             with files.atomic_folder(self.path, self.overwrite, ADAPTER_OUTPUT) as folder:
                 files.write_json(folder / RUN_RECIPE_FILE, self.recipe)
-                files.write_json(
-                    folder / CONFIG_FILE, self.adapter.to_mlx_lm() | {"model": self.recipe["base"]["name"]}
-                )
                 if self.data is not None:
                     keep(self.data, folder)
                 states.save(folder, state, weights, optimizer)
@@ -139,12 +136,17 @@ class RunFolder:
                 self._derive(self.path, state)
 
     def _derive(self, folder: Path, state: State) -> None:
-        config, before = self.settings[1], _metadata_in(folder)
+        config, before = self.settings[1], _json_in(folder / METADATA_FILE)
         chosen = chosen_by_hand(before)
         states.prune(folder, config.keep, {state.best_iteration, chosen}, config.course.save_every)
         there = states.iterations(folder)
         meant = next((i for i in (chosen, state.best_iteration) if i in there), there[-1])
-        states.link_weights(folder, meant)
+        states.copy_weights(folder, meant)
+        if self.adapter is not None:
+            ours, present = self.adapter.to_mlx_lm(), _json_in(folder / CONFIG_FILE)
+            ours["model"] = self.recipe["base"]["name"]
+            if ours != {name: present.get(name) for name in ours}:
+                files.write_json(folder / CONFIG_FILE, ours)
         known = self._metadata(folder, state) | {"iteration": meant}
         digest = {ADAPTER_FILE: files.sha256(folder / ADAPTER_FILE)}
         after = before | known | {"sha256": registry.checksums_of(before) | digest}
@@ -155,7 +157,7 @@ class RunFolder:
 
     def other_versions(self) -> list[str]:
         """The libraries that compute otherwise than at the last save, as "mlx 0.32.3 -> 0.32.4"."""
-        before, now = _metadata_in(self.path).get("versions"), versions()
+        before, now = _json_in(self.path / METADATA_FILE).get("versions"), versions()
         before = before if isinstance(before, dict) else {}
         return [
             f"{name} {before[name]} -> {now[name]}"
@@ -182,7 +184,7 @@ class RunFolder:
             on_event(Note(text, "warning"))
         if self.writes:
             states.drop_after(self.path, checkpoint.state.iteration)
-        self.refresh(checkpoint.state)  # a crash may have come between a save and its links
+        self.refresh(checkpoint.state)  # a crash may have come between a save and its copies
         return checkpoint
 
     def how_to_resume(self) -> str:
@@ -194,7 +196,7 @@ class RunFolder:
 
     def chosen(self) -> int | None:
         """The checkpoint that 'use' chose for the bare name, or None."""
-        return chosen_by_hand(_metadata_in(self.path)) if self.writes else None
+        return chosen_by_hand(_json_in(self.path / METADATA_FILE)) if self.writes else None
 
     def best(self, state: State) -> Reference:
         """The checkpoint with the lowest validation loss, or the last one."""
@@ -244,10 +246,10 @@ class RunFolder:
         }
 
 
-def _metadata_in(folder: Path) -> dict[str, Any]:
-    """What the folder's record says by now, also what training knows nothing of; a damaged one says nothing."""
+def _json_in(path: Path) -> dict[str, Any]:
+    """What a file says by now, also what training knows nothing of; a damaged one says nothing."""
     with contextlib.suppress(AdapterError):
-        return files.read_json(folder / METADATA_FILE)
+        return files.read_json(path)
     return {}
 
 

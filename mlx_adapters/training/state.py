@@ -3,7 +3,7 @@
 A checkpoint is one atomic folder `checkpoints/NNNNNNN/` with the adapter's weights, the optimizer's arrays
 and `state.json` (counters, losses, random state, and SHA-256 of all three). A crash therefore leaves whole
 checkpoints only; a damaged one is noticed by its hash, and the one before it is taken instead. All else in
-a run's folder (the best adapter, the links to the weights, the metadata) is derived from these.
+a run's folder (the best adapter, the copies of the weights, the metadata) is derived from these.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from mlx_adapters.display.tables import Table
 from mlx_adapters.errors import AdapterError, FormatError, TrainingError
 from mlx_adapters.models.adapter import Weights
 from mlx_adapters.sources.references import Reference
-from mlx_adapters.storage import files, temporaries, tensor_files
+from mlx_adapters.storage import files, replacing, temporaries, tensor_files
 from mlx_adapters.storage.tensor_names import (
     ADAPTER_FILE,
     CHECKPOINT_FILE,
@@ -302,24 +302,37 @@ def prune(run: Path, keep: int | None, wanted: set[int | None], save_every: int)
 
 
 def _remove(run: Path, iteration: int) -> None:
-    link = run / checkpoint_file(iteration)
-    if link.exists():
-        files.remove(link)
+    copy = run / checkpoint_file(iteration)
+    if copy.exists():
+        files.remove(copy)
     files.remove(path_of(run, iteration), CHECKPOINT_OUTPUT)
 
 
-def link_weights(run: Path, meant: int) -> None:
+def copy_weights(run: Path, meant: int) -> None:
     """Let `adapters.safetensors` be the weights of checkpoint `meant` and give each checkpoint its
-    `NNNNNNN_adapters.safetensors`, as mlx-lm names them. Hard links: no further space on the disk."""
-    there = iterations(run)
-    for iteration in there:
-        link = run / checkpoint_file(iteration)
-        source = path_of(run, iteration) / ADAPTER_FILE
-        if not (link.exists() and link.samefile(source)):
-            files.link_or_copy(source, link)
-    for link in run.iterdir():
-        if CHECKPOINT_FILE.fullmatch(link.name) and link.name not in {checkpoint_file(i) for i in there}:
-            files.remove(link)
-    chosen, target = path_of(run, meant) / ADAPTER_FILE, run / ADAPTER_FILE
-    if not (target.exists() and target.samefile(chosen)):
-        files.link_or_copy(chosen, target)
+    `NNNNNNN_adapters.safetensors`, as mlx-lm names them. Copies: mlx-lm's trainer would write into a link."""
+    wanted = {checkpoint_file(iteration): iteration for iteration in iterations(run)} | {ADAPTER_FILE: meant}
+    for name, iteration in wanted.items():
+        copy, source = run / name, path_of(run, iteration)
+        if not _is_copy(copy, source / ADAPTER_FILE) and not (copy.exists() and _is_damaged(source)):
+            files.copy_file(source / ADAPTER_FILE, copy)
+    for path in run.iterdir():
+        if CHECKPOINT_FILE.fullmatch(path.name) and path.name not in wanted:
+            files.remove(path)
+
+
+def _is_copy(path: Path, source: Path) -> bool:
+    """Whether a file is a copy of `source`, and no link to it such as earlier versions made."""
+    one, other = replacing.stat_of(path), replacing.stat_of(source)
+    if not one or not other or os.path.samestat(one, other):
+        return False
+    return (one.st_size, one.st_mtime_ns) == (other.st_size, other.st_mtime_ns)
+
+
+def _is_damaged(checkpoint: Path) -> bool:
+    """Whether a checkpoint's weights are not those that were saved: their copy may still be."""
+    try:
+        saved = files.read_json(checkpoint / STATE_FILE)["sha256"][ADAPTER_FILE]
+        return bool(saved != files.sha256(checkpoint / ADAPTER_FILE))
+    except (AdapterError, OSError, KeyError, TypeError):
+        return True

@@ -74,11 +74,11 @@ def make_run(base, name="sql", losses=((100, 2.0), (200, 1.0), (300, 1.5)), **op
         target = folder / "checkpoints" / f"{iteration:07d}"
         tensor_files.write_safetensors(target / "adapters.safetensors", adapter.weights)
         tensor_files.write_safetensors(target / "optimizer.safetensors", adapter.weights)
-        files.link_or_copy(target / "adapters.safetensors", folder / f"{iteration:07d}_adapters.safetensors")
+        files.copy_file(target / "adapters.safetensors", folder / f"{iteration:07d}_adapters.safetensors")
         if iteration == best:
             chosen = Adapter(adapter.config, adapter.weights, adapter.metadata | metadata)
     write_adapter_files(chosen, folder)
-    files.link_or_copy(folder / f"{best:07d}_adapters.safetensors", folder / "adapters.safetensors")
+    files.copy_file(folder / f"{best:07d}_adapters.safetensors", folder / "adapters.safetensors")
     return folder
 
 

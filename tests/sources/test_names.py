@@ -21,7 +21,7 @@ from mlx_adapters.adapters import adding, inspecting, keeping, packing, project,
 from mlx_adapters.cli import cli
 from mlx_adapters.errors import ConfigError, ExistsError, HubError, NotFoundError, StorageError, TrainingError
 from mlx_adapters.sources import lookup, registry
-from mlx_adapters.storage import files, locks, paths
+from mlx_adapters.storage import files, locks, paths, tensor_files
 
 ROOT = Path(__file__).parents[2]
 
@@ -247,20 +247,29 @@ COMMANDS = {
 }
 
 
+def link_as_earlier_versions_did(folder: Path) -> None:
+    """Hard links, where copies are made today."""
+    for iteration in tensor_files.iterations_of(folder):
+        copy = folder / f"{iteration:07d}_adapters.safetensors"
+        copy.unlink()
+        os.link(folder / "checkpoints" / f"{iteration:07d}" / "adapters.safetensors", copy)
+    best = folder / f"{registry.read_entry(folder).iteration:07d}_adapters.safetensors"
+    (folder / "adapters.safetensors").unlink()
+    os.link(best, folder / "adapters.safetensors")
+
+
 @pytest.mark.parametrize(
-    ("command", "links"), [*((command, True) for command in COMMANDS), ("use", False), ("prune", False)]
+    ("command", "links"), [*((command, False) for command in COMMANDS), ("use", True), ("prune", True)]
 )
-def test_a_kill_at_any_step_leaves_the_old_or_the_new_and_can_be_repeated(
-    base, home, tmp_path, monkeypatch, command, links
-):
-    if not links:
-        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(1, "no links")))
+def test_a_kill_at_any_step_leaves_the_old_or_the_new_and_can_be_repeated(base, home, tmp_path, command, links):
     run = COMMANDS[command]
-    make_run(base, "a")
+    folder = make_run(base, "a")
+    if links:
+        link_as_earlier_versions_did(folder)
     registry.register(make_adapter(base, seed=9), "b")
     packing.pack("b", home / "a.tar.gz")
     fresh = tmp_path / "fresh"
-    shutil.copytree(home, fresh) if not links else subprocess.run(["cp", "-a", home, fresh], check=True)
+    subprocess.run(["cp", "-a", home, fresh], check=True)
     before = state(home)
     with killer.killing(0):
         run(home)
@@ -284,18 +293,16 @@ def test_a_kill_at_any_step_leaves_the_old_or_the_new_and_can_be_repeated(
 
 
 def test_a_refused_use_changes_nothing(base, home, monkeypatch):
-    """The disk is full when the metadata are written, or when the weights are linked."""
+    """The disk is full when the metadata are written, or when the weights are copied."""
     folder = make_run(base, "a")
     before, kept = state(home), sorted(p.name for p in folder.iterdir())
     full = OSError(errno.ENOSPC, "full")
-    for what in ("os.link", "os.replace", "shutil.copy2"):
+    for what in ("os.replace", "shutil.copyfileobj", "os.utime", "mlx_adapters.storage.files.json_text"):
         with monkeypatch.context() as patch:
-            for name in {what, "shutil.copy2"}:
-                patch.setattr(name, lambda *_, **__: (_ for _ in ()).throw(full))
-            if what != "shutil.copy2":
-                with pytest.raises(StorageError):
-                    keeping.use("a@100")
-                assert state(home) == before and sorted(p.name for p in folder.iterdir()) == kept
+            patch.setattr(what, lambda *_, **__: (_ for _ in ()).throw(full))
+            with pytest.raises(StorageError):
+                keeping.use("a@100")
+            assert state(home) == before and sorted(p.name for p in folder.iterdir()) == kept
     assert keeping.use("a@100").iteration == 100
 
 
@@ -329,7 +336,7 @@ def test_a_read_that_is_overtaken_by_a_change_is_of_the_new_version(base, monkey
 
 def test_no_reader_sees_the_new_weights_with_the_old_record(base, home, monkeypatch):
     """They come in the instant between; after a kill there nobody is waited for."""
-    folder, link, seen = make_run(base, "x"), files.link_or_copy, {}
+    folder, copy, seen = make_run(base, "x"), files.copy_file, {}
     readers = {
         "load": lambda: lookup.load_adapter("x").metadata,
         "list": lambda: registry.list_adapters()[0].metadata,
@@ -339,7 +346,7 @@ def test_no_reader_sees_the_new_weights_with_the_old_record(base, home, monkeypa
     }
 
     def reading(source: Path, target: Path) -> None:
-        link(source, target)
+        copy(source, target)
         threads = [
             threading.Thread(target=lambda n=name, r=read: seen.update({n: r()})) for name, read in readers.items()
         ]
@@ -350,14 +357,14 @@ def test_no_reader_sees_the_new_weights_with_the_old_record(base, home, monkeypa
 
     running: list[threading.Thread] = []
     with monkeypatch.context() as patch:
-        patch.setattr(files, "link_or_copy", reading)
+        patch.setattr(files, "copy_file", reading)
         keeping.use("x@100")
     for thread in running:
         thread.join()
     (home / "x.tar.gz").unlink()
     assert seen == {name: read() for name, read in readers.items()}
     assert seen["list"]["iteration"] == 100 and seen["list"]["chosen_by"] == "use"
-    link(folder / "0000300_adapters.safetensors", folder / "adapters.safetensors")  # as a kill leaves it
+    copy(folder / "0000300_adapters.safetensors", folder / "adapters.safetensors")  # as a kill leaves it
     assert registry.read_entry(folder).iteration == 300
 
 

@@ -143,6 +143,17 @@ def test_a_full_disk_is_told_before_the_first_step(run, monkeypatch):
         run()
 
 
+def test_room_is_asked_for_a_checkpoint_and_its_copies(run, place, monkeypatch):
+    short = config(iterations=2)
+    kept = sum(path.stat().st_size for path in run(place, training=short).folder.rglob("*.safetensors"))
+    disk = SimpleNamespace(free=kept)
+    monkeypatch.setattr("mlx_adapters.storage.paths.shutil.disk_usage", lambda path: disk)
+    assert run(place, training=short, overwrite=True).final.iteration == 2
+    disk.free = int(0.8 * kept)
+    with pytest.raises(StorageError, match="it needs"):
+        run(place, training=short, overwrite=True)
+
+
 def test_a_damaged_recipe_is_told(run):
     path = run().folder / "recipe.json"
     recipe = files.read_json(path)
