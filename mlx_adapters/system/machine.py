@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import functools
 import os
 import platform
 import shlex
@@ -151,11 +152,16 @@ def memory_beside_model_bytes() -> int:
 
 def versions() -> dict[str, str]:
     """Versions of this package (of the code that runs, whatever is installed) and of what it stands on."""
-    from importlib.metadata import PackageNotFoundError, version
-
     from mlx_adapters import __version__
 
-    numbers = {"python": platform.python_version(), "mlx_adapters": __version__}
+    return {"python": platform.python_version(), "mlx_adapters": __version__, **_installed()}
+
+
+@functools.cache  # some milliseconds for each package, and at every save; what is installed meanwhile does not run here
+def _installed() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    numbers = {}
     for name in ("mlx", "mlx-lm", "numpy", "safetensors", "huggingface-hub", "transformers"):
         with contextlib.suppress(PackageNotFoundError):
             numbers[name] = version(name)

@@ -309,22 +309,25 @@ def _remove(run: Path, iteration: int) -> None:
 
 
 def copy_weights(run: Path, meant: int) -> None:
-    """Let `adapters.safetensors` be the weights of checkpoint `meant` and give each checkpoint its
-    `NNNNNNN_adapters.safetensors`, as mlx-lm names them. Copies: mlx-lm's trainer would write into a link."""
-    wanted = {checkpoint_file(iteration): iteration for iteration in iterations(run)} | {ADAPTER_FILE: meant}
-    for name, iteration in wanted.items():
-        copy, source = run / name, path_of(run, iteration)
+    """Give each checkpoint its `NNNNNNN_adapters.safetensors`, as mlx-lm names them, and let `adapters.safetensors` be
+    that of checkpoint `meant`. Copies: mlx-lm's trainer would write into a link."""
+    there = iterations(run)
+    for iteration in there:
+        copy, source = run / checkpoint_file(iteration), path_of(run, iteration)
         if not _is_copy(copy, source / ADAPTER_FILE) and not (copy.exists() and _is_damaged(source)):
             files.copy_file(source / ADAPTER_FILE, copy)
     for path in run.iterdir():
-        if CHECKPOINT_FILE.fullmatch(path.name) and path.name not in wanted:
+        if CHECKPOINT_FILE.fullmatch(path.name) and path.name not in {checkpoint_file(i) for i in there}:
             files.remove(path)
+    chosen, target = run / checkpoint_file(meant), run / ADAPTER_FILE
+    if tensor_files.chosen_iteration(run, None) != meant or not _is_copy(target, chosen):
+        files.copy_file(chosen, target)
 
 
 def _is_copy(path: Path, source: Path) -> bool:
-    """Whether a file is a copy of `source`, and no link to it such as earlier versions made."""
+    """Whether a file is a copy of `source`, and no hard link such as earlier versions made."""
     one, other = replacing.stat_of(path), replacing.stat_of(source)
-    if not one or not other or os.path.samestat(one, other):
+    if not one or not other or one.st_nlink > 1:
         return False
     return (one.st_size, one.st_mtime_ns) == (other.st_size, other.st_mtime_ns)
 

@@ -44,6 +44,7 @@ class Torture:
 
         self.asked, self.place = asked, Place(root)
         self.tried, self.failed, self.spent = Counter(), Counter(), Counter()
+        self.whole = {}  # of each command that writes: what whole runs of it do, for kills and for refusals of the disk
         self.only = [word.partition(":") for word in asked.only or SECTIONS]
 
     def wants(self, section: str, name: str) -> bool:
@@ -60,7 +61,7 @@ class Torture:
             if not self.wants(section, name):
                 continue
             try:
-                tried = Tried(self.place, name, scenario)
+                tried = self.whole[name] = self.whole.get(name) or Tried(self.place, name, scenario)
             except AssertionError as error:
                 yield name, "whole", lambda error=error: str(error)
                 continue

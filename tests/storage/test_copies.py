@@ -178,6 +178,17 @@ def test_on_macos_a_copy_is_a_clone_where_the_disk_can(tmp_path, monkeypatch, um
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "target"]
 
 
+def test_a_run_whose_files_all_have_one_time_is_derived_anew(tiny_model, tmp_path):
+    """As an archive that keeps no times leaves it: size and time tell no checkpoint from another."""
+    run = ma.train(tiny_model(), write_data(tmp_path / "data"), name="run", lora=LORA, training=SETTINGS)
+    for meant in (2, 4, 2):
+        for path in run.folder.rglob("*adapters.safetensors"):
+            os.utime(path, (1_700_000_000, 1_700_000_000))
+        states.copy_weights(run.folder, meant)
+        saved = states.path_of(run.folder, meant) / "adapters.safetensors"
+        assert (run.folder / "adapters.safetensors").read_bytes() == saved.read_bytes()
+
+
 def test_of_several_checkpoints_of_one_time_the_bytes_tell(tiny_model, monkeypatch):
     """As an archive that keeps whole seconds leaves them; a kill comes between the weights and the record."""
     folder = make_run(tiny_model("llama"), "sql")
