@@ -1,7 +1,9 @@
-"""Two GPU kernels that add a low-rank update to a base product of few tokens, for one adapter or one for each token.
+"""GPU kernels that add a low-rank update to a base product of few tokens, for one adapter or one for each token.
 
-z = a x does not wait for the product, so that a GPU computes both beside each other; then y · gain + shift + b z. Sums
-are in float32 and rounded once. One text serves CUDA and Metal; `WORDS` holds what they spell differently.
+Of several tokens by two: z = a x, which does not wait for the product, so that a GPU computes both beside each other;
+then y · gain + shift + b z. Of one token by one, since decoding waits for the host, which launches the kernels: every
+block of threads computes z for itself, from the cache. Sums are in float32 and rounded once. One text serves CUDA and
+Metal; `WORDS` holds what they spell differently.
 """
 
 import hashlib
@@ -16,9 +18,12 @@ from mlx_adapters.system.door import mx
 from mlx_adapters.system.gpu_kernels import Language, build, language, spelled
 from mlx_adapters.system.machine import on_gpu
 
+Shape = tuple[int, ...]
 MOST_TOKENS, MOST_RANKS = 16, 64  # beyond them products are faster
 MOST_ERROR = 1e-2  # of the largest number
-LOW_THREADS, HIGH_THREADS = 128, 256  # of a block
+MANY_RANKS = 48  # more of them leave a thread too few registers for a block of ONE_THREADS
+ONE_THREADS = 512  # of a block: 256 took 1.04, 128 took 1.12 of its time (H200, the layers of a 4B model, rank 8)
+LOW_THREADS, HIGH_THREADS = 128, 256
 
 WORDS = {
     "metal": {
@@ -52,9 +57,55 @@ __device__ inline float sum_of_lanes(float v) {
 HEADER = """
 template <typename T> struct alignas(16) Packed { T v[16 / sizeof(T)]; };
 """
+ONE = """
+constexpr int N = 16 / sizeof(T);
+const int in = x_shape[x_ndim - 1], out_width = y_shape[y_ndim - 1], count = a_shape[1];
+const int me = THREAD, token = TOKEN, slot = slots[token];
+int block = BLOCK, part = 0;
+for (; part < count - 1; ++part) {
+  const int blocks = (bounds[part + 1] - bounds[part] + THREADS - 1) / THREADS;
+  if (block < blocks) break;
+  block -= blocks;
+}
+GLOBAL T* row = x + (size_t) token * in;
+GLOBAL T* low = a + ((size_t) slot * count + part) * R * in;
+float sums[R];
+#pragma unroll
+for (int j = 0; j < R; ++j) sums[j] = 0.0f;
+for (int k = me * N; k < in; k += THREADS * N) {
+  Packed<T> xs = *(GLOBAL Packed<T>*) (row + k);
+  #pragma unroll
+  for (int j = 0; j < R; ++j) {
+    Packed<T> as = *(GLOBAL Packed<T>*) (low + (size_t) j * in + k);
+    for (int i = 0; i < N; ++i) sums[j] += (float) xs.v[i] * (float) as.v[i];
+  }
+}
+SHARED float of_lanes[THREADS / 32][R];
+SHARED float z[R];
+#pragma unroll
+for (int j = 0; j < R; ++j) {
+  float v = SUM_OF_LANES(sums[j]);
+  if (me % 32 == 0) of_lanes[me / 32][j] = v;
+}
+WAIT;
+if (me < R) {
+  float v = 0.0f;
+  for (int lane = 0; lane < THREADS / 32; ++lane) v += of_lanes[lane][me];
+  z[me] = v;
+}
+WAIT;
+const int column = bounds[part] + block * THREADS + me;
+if (column < bounds[part + 1]) {
+  float v = (float) y[(size_t) token * out_width + column];
+  const size_t at = (size_t) slot * out_width + column;
+  GAIN
+  for (int j = 0; j < R; ++j) v += (float) b[at * R + j] * z[j];
+  out[(size_t) token * out_width + column] = (T) v;
+}
+"""
 LOW = """
 constexpr int N = 16 / sizeof(T);
-const int in = x_shape[x_ndim - 1], rows = a_shape[1] * a_shape[2];
+const int in = x_shape[x_ndim - 1], rows = a_shape[1] * R;
 const int me = THREAD, row = BLOCK, token = TOKEN;
 GLOBAL T* own = x + (size_t) token * in;
 GLOBAL T* low = a + ((size_t) slots[token] * rows + row) * in;
@@ -90,6 +141,11 @@ if (column < width) {
 }
 """
 GAIN, SHIFT = "v *= (float) gain[at];", "v += (float) shift[at];"
+KERNELS = {  # text, inputs but gain and shift, output
+    "one": (ONE, ("x", "y", "a", "b", "slots", "bounds"), "out"),
+    "low": (LOW, ("x", "a", "slots"), "z"),
+    "high": (HIGH, ("y", "z", "b", "slots", "bounds"), "out"),
+}
 
 
 def add_update(
@@ -101,6 +157,7 @@ def add_update(
     slots: mx.array,
     gain: mx.array | None = None,
     shift: mx.array | None = None,
+    apart: bool | None = None,
 ) -> mx.array:
     """y · gain + shift + b (a x) of few tokens, each with the factors of its slot.
 
@@ -111,29 +168,34 @@ def add_update(
         b: (slots, Σ widths, r).
         slots: (tokens or more,) uint32.
         gain: (slots, Σ widths), as `shift`.
+        apart: whether a x has a kernel of its own; by default of several tokens.
 
     Returns: (..., Σ widths), in y's type.
     """
-    _, layers, rank, inputs = a.shape
-    tokens, way = x.size // inputs, _built.get(y.dtype, build)
-    (z,) = _low(language(), way)(
-        inputs=[x, a, slots],
-        template=[("T", y.dtype), ("THREADS", LOW_THREADS)],
-        grid=(layers * rank * LOW_THREADS, tokens, 1),
-        threadgroup=(LOW_THREADS, 1, 1),
-        output_shapes=[(tokens, layers, rank)],
-        output_dtypes=[mx.float32],
-    )
     scaled = {name: array for name, array in (("gain", gain), ("shift", shift)) if array is not None}
-    (out,) = _high(language(), tuple(scaled), way)(
-        inputs=[y, z, b, slots, _bounds(tuple(widths)), *scaled.values()],
-        template=[("T", y.dtype), ("R", rank), ("THREADS", HIGH_THREADS)],
-        grid=(-(-b.shape[1] // HIGH_THREADS) * HIGH_THREADS, tokens, 1),
-        threadgroup=(HIGH_THREADS, 1, 1),
-        output_shapes=[y.shape],
-        output_dtypes=[y.dtype],
-    )
-    return out
+    _, layers, rank, inputs = a.shape
+    tokens, bounds, way = x.size // inputs, _bounds(tuple(widths)), _built.get(y.dtype, build)
+
+    def run(
+        name: str, arrays: list[mx.array], blocks: int, threads: int, shape: Shape, dtype: mx.Dtype, **scaled: mx.array
+    ) -> mx.array:
+        (out,) = _kernel(language(), name, tuple(scaled), way)(
+            inputs=[*arrays, *scaled.values()],
+            template=[("T", y.dtype), ("R", rank), ("THREADS", threads)],
+            grid=(blocks * threads, tokens, 1),
+            threadgroup=(threads, 1, 1),
+            output_shapes=[shape],
+            output_dtypes=[dtype],
+        )
+        return out
+
+    if not (tokens > 1 if apart is None else apart):
+        threads = ONE_THREADS if rank <= MANY_RANKS else ONE_THREADS // 2
+        blocks = sum(-(-width // threads) for width in widths)
+        return run("one", [x, y, a, b, slots, bounds], blocks, threads, y.shape, y.dtype, **scaled)
+    z = run("low", [x, a, slots], layers * rank, LOW_THREADS, (tokens, layers, rank), mx.float32)
+    blocks = -(-b.shape[1] // HIGH_THREADS)
+    return run("high", [y, z, b, slots, bounds], blocks, HIGH_THREADS, y.shape, y.dtype, **scaled)
 
 
 # Arrays of up to 8 bytes lie in pages that MLX's CUDA build moves when the host writes to one of them; these do not.
@@ -157,22 +219,17 @@ _built: dict[mx.Dtype, Callable[..., Any]] = {}  # how the kernel is built for e
 
 
 @cache
-def _low(own: Language, way: Callable[..., Any]) -> Any:
-    """z = a x; compiled once for each type."""
-    return way("low", ["x", "a", "slots"], ["z"], spelled(LOW, WORDS[own]), HEADERS[own] + HEADER)
+def _kernel(own: Language, name: str, scaled: tuple[str, ...], way: Callable[..., Any]) -> Any:
+    """One of KERNELS, compiled once for each type and rank."""
+    _, inputs, output = KERNELS[name]
+    text, header = source(own, name, scaled), HEADERS[own] + HEADER
+    return way("_".join([name, *scaled]), [*inputs, *scaled], [output], text, header)
 
 
-@cache
-def _high(own: Language, scaled: tuple[str, ...], way: Callable[..., Any]) -> Any:
-    """y · gain + shift + b z; compiled once for each type and rank."""
-    names = ["y", "z", "b", "slots", "bounds", *scaled]
-    return way("_".join(["high", *scaled]), names, ["out"], high_source(own, scaled), HEADERS[own] + HEADER)
-
-
-def high_source(own: Language, scaled: Sequence[str]) -> str:
-    """The second kernel's text, with `gain` and `shift` if there are such."""
-    lines = " ".join(line for name, line in (("gain", GAIN), ("shift", SHIFT)) if name in scaled)
-    return spelled(HIGH, WORDS[own] | {"GAIN": lines})
+def source(own: Language, name: str, scaled: Sequence[str]) -> str:
+    """The text of one of KERNELS, with `gain` and `shift` if there are such."""
+    lines = " ".join(line for each, line in (("gain", GAIN), ("shift", SHIFT)) if each in scaled)
+    return spelled(KERNELS[name][0], WORDS[own] | {"GAIN": lines})
 
 
 def serves(y: mx.array, x: mx.array, b: mx.array) -> bool:
@@ -196,7 +253,7 @@ def is_right(dtype: mx.Dtype) -> bool:
 @cache
 def _tried(dtype: mx.Dtype) -> bool:
     own = language()
-    text = spelled(LOW, WORDS[own]) + high_source(own, ["gain", "shift"]) + HEADERS[own] + HEADER
+    text = "".join(source(own, name, ["gain", "shift"]) for name in KERNELS) + HEADERS[own] + HEADER
     text = hashlib.sha256(text.encode()).hexdigest()
     return tried(f"add_update {text[:16]}, {dtype}", _built, dtype, partial(_error, dtype), MOST_ERROR)
 
@@ -210,7 +267,8 @@ def _error(dtype: mx.Dtype) -> float:
     gain, shift = (mx.random.normal((slots, sum(widths)), key=key).astype(dtype) for key in keys[4:])
     at = mx.array([1, 0, 1], mx.uint32)
     try:
-        added = add_update(y, x, a, b, widths, at, gain, shift).astype(mx.float32)
+        ways = [add_update(y, x, a, b, widths, at, gain, shift, apart) for apart in (False, True)]
+        added = mx.stack(ways).astype(mx.float32)
         mx.eval(added)
     except (RuntimeError, ValueError, OSError, KeyError):
         return math.inf

@@ -1,8 +1,8 @@
 """What MLX's CUDA build is slow at where text is generated, computed otherwise.
 
 A product with a packed matrix reads it anew for each row of a batch (a 4B model's in 4 bits on an H200: 16 rows of one
-token took 118 to 328 us, 16 tokens in one row 20 to 36), and from some hundred tokens on the matrix is better unpacked
-first. Attention over several tokens is cuDNN's, which is compiled for each new shape, in 75 to 230 ms; prompts that
+token took 118 to 328 us, 16 tokens in one row 20 to 36), of three to seven tokens it takes longer than of eight (4 of
+them 45 to 122 us where 8 took 19 to 36), and from some hundred on the matrix is better unpacked first. Attention over several tokens is cuDNN's, which is compiled for each new shape, in 75 to 230 ms; prompts that
 join a batch nearly always have one. And operations are launched as graphs of a hundred or more, and one of a form that
 was not there before takes 0.1 ms for each of them: three quarters of the time of a pass over prompts. What is handed
 over layer by layer (`hand_over`) has the same form in all of them.
@@ -11,6 +11,7 @@ over layer by layer (`hand_over`) has the same form in all of them.
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 from mlx_adapters.surgery.calls import function_call_as
@@ -18,6 +19,8 @@ from mlx_adapters.system.door import mx
 from mlx_adapters.system.machine import on_cuda
 
 MANY_TOKENS = 256  # from here on a product is faster with an unpacked matrix
+FEW, EIGHT = 3, 8  # from so many tokens on a product with a large matrix is filled up to eight
+LARGE = 12 << 20  # numbers in it; of 2560 x 2560 MLX's own product of seven was the faster one
 MOST_SCORES = 1 << 26  # numbers between tokens that may be in memory; cuDNN keeps none of them
 
 
@@ -63,10 +66,18 @@ def quantized_matmul(
     unpacks = alone and transpose and tokens > MANY_TOKENS and kind.get("mode", "affine") == "affine"
     if unpacks and getattr(_here, "generates", False):
         return x @ mx.dequantize(w, scales, biases, **kind, dtype=x.dtype).T
-    if not alone or len(shape) < 3 or tokens == shape[-2]:
+    fills = alone and transpose and FEW <= tokens < EIGHT and w.size * 32 >= LARGE * kind.get("bits", 4)
+    if not fills and (not alone or len(shape) < 3 or tokens == shape[-2]):
         return packed(x, w, scales, biases, transpose, **kind)
-    y = packed(x.reshape(tokens, shape[-1]), w, scales, biases, transpose, **kind)
+    x = x.reshape(tokens, shape[-1])
+    y = packed(x[_eight(tokens)] if fills else x, w, scales, biases, transpose, **kind)[:tokens]
     return y.reshape(*shape[:-1], y.shape[-1])
+
+
+@cache
+def _eight(tokens: int) -> mx.array:
+    """(8,) the rows of so many, and the last one again."""
+    return mx.array([min(row, tokens - 1) for row in range(EIGHT)], mx.uint32)
 
 
 if on_cuda():

@@ -34,7 +34,7 @@ import mlx_adapters  # noqa: F401  (before mlx: it sees to a fast BLAS)
 # isort: split
 import mlx.core as mx
 import mlx.nn as nn
-from decode_ways import WAYS, After, OneKernel, attending
+from decode_ways import WAYS, After, Apart, OneKernel, attending
 from mlx_lm.models import llama, qwen2, qwen3
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tuner.lora import LoRALinear
@@ -219,7 +219,7 @@ VARIANTS = {
     "groups compiled": (ForAll, dict(group=True)),
     "groups, one token": (ForAll, dict(group=True)),
     "groups, one kernel, one token": (OneKernel, dict(group=True)),
-    "groups, after, one token": (After, dict(group=True)),
+    "groups, apart, one token": (Apart, dict(group=True)),
     "ours, after": (After, dict(group=True)),
     "groups padded": (Padded, dict(group=True)),
     "groups addmm": (Added, dict(group=True)),
@@ -295,7 +295,7 @@ def prepare(variant, model, adapters):
 
 
 # Which variants may be one compiled step, and what follows "one token" in a name: the step's attention.
-STEPS = ("base", "groups", "groups, one kernel", "groups, after")
+STEPS = ("base", "groups", "groups, one kernel", "groups, apart")
 
 
 def called(variant, model):

@@ -1,19 +1,19 @@
 """Ways that one token could be computed by, for decode.py to measure beside those that are in.
 
 Attention (`attending`): "by clusters", of blocks that share out the tokens of heads with the same keys; "by 32 warps",
-the kernel that is in with twice its warps. An adapter's update: `OneKernel`, with the base's product; `After`, by one
-kernel after it.
+the kernel that is in with twice its warps. An adapter's update: `OneKernel`, with the base's product; `After`
+it, by one; `Apart`, by two.
 """
 
 import contextlib
 from functools import cache
 
-from product_kernel import product_and_update, update_after
+from product_kernel import product_and_update
 
 from mlx_adapters.drafting import attention
 from mlx_adapters.drafting.attention import INPUTS, RECENT
 from mlx_adapters.runtime.additions import ForAll, split
-from mlx_adapters.runtime.kernel import first
+from mlx_adapters.runtime.kernel import add_update, first
 from mlx_adapters.system.door import mx
 from mlx_adapters.system.gpu_kernels import FEW, build_quickly
 
@@ -223,9 +223,26 @@ class OneKernel(ForAll):
         )
 
 
-class After(ForAll):
-    """An update by one kernel, after the product."""
+class _Chosen(ForAll):
+    """An update by one kernel after the product, or by two."""
+
+    apart: bool
 
     def linears(self, y, x, widths):
-        f = self.factors
-        return split(update_after(y, x, self.kernel_a, self.kernel_b, widths, first(x), f.gain, f.shift), widths)
+        if not self.by_kernel(x):
+            return super().linears(y, x, widths)
+        f, slots = self.factors, first(x)
+        given = y, x, self.kernel_a, self.kernel_b, widths, slots, f.gain, f.shift
+        return split(add_update(*given, apart=self.apart), widths)
+
+
+class After(_Chosen):
+    """As one token's is, of several too."""
+
+    apart = False
+
+
+class Apart(_Chosen):
+    """As several tokens' are, of one too."""
+
+    apart = True

@@ -1,7 +1,6 @@
-"""Adapters' updates by one CUDA kernel, which products.py and decode.py measure beside the two that are in.
+"""One token's product with a matrix packed in 4 bits, and an adapter's update of it, in one CUDA kernel.
 
-`update_after` adds b (a x) to a product: every block computes a x for itself. `product_and_update` does the product, of
-a matrix packed in 4 bits, too: a block's warps share out the columns of some
+products.py and decode.py measure it beside what is in. A block's warps share out the columns of some
 rows, in groups of those that have one scale, and those of a; b z is added where their sums meet. Tensor cores multiply
 (16 rows by 8 columns at a time, all of which are x): two codes become two numbers in 16 bits, 128 + c or 1024 + c, by a
 mask, and what was added is taken off a group's sum. Sums are in float32 and rounded once.
@@ -10,7 +9,6 @@ mask, and what was added is taken off a group's sum. Sums are in float32 and rou
 from functools import cache
 from itertools import accumulate
 
-from mlx_adapters.runtime import kernel
 from mlx_adapters.storage.tensor_names import BIAS, QUANTIZED_LEAVES
 from mlx_adapters.system.door import mx
 from mlx_adapters.system.gpu_kernels import FEW, build_quickly, chosen, spelled
@@ -210,74 +208,3 @@ def source(dtype, parts, extra):
     out = chosen("part", [f"out_{part}" for part in range(parts)])
     terms = {name.upper(): TERMS[name] if name in extra else "" for name in TERMS}
     return spelled(SOURCE, WORDS[dtype] | terms | {"OUT": out})
-
-
-# Every block computes z = a x, from the cache, and then its columns of y + b z: no block waits for another.
-AFTER = """
-constexpr int N = 16 / sizeof(T);
-const int in = x_shape[x_ndim - 1], out_width = y_shape[y_ndim - 1], count = a_shape[1];
-const int me = THREAD, token = TOKEN, slot = slots[token];
-int block = BLOCK, part = 0;
-for (; part < count - 1; ++part) {
-  const int blocks = (bounds[part + 1] - bounds[part] + THREADS - 1) / THREADS;
-  if (block < blocks) break;
-  block -= blocks;
-}
-GLOBAL T* row = x + (size_t) token * in;
-GLOBAL T* low = a + ((size_t) slot * count + part) * R * in;
-float sums[R];
-#pragma unroll
-for (int j = 0; j < R; ++j) sums[j] = 0.0f;
-for (int k = me * N; k < in; k += THREADS * N) {
-  Packed<T> xs = *(GLOBAL Packed<T>*) (row + k);
-  #pragma unroll
-  for (int j = 0; j < R; ++j) {
-    Packed<T> as = *(GLOBAL Packed<T>*) (low + (size_t) j * in + k);
-    for (int i = 0; i < N; ++i) sums[j] += (float) xs.v[i] * (float) as.v[i];
-  }
-}
-SHARED float of_lanes[THREADS / 32][R];
-SHARED float z[R];
-#pragma unroll
-for (int j = 0; j < R; ++j) {
-  float v = SUM_OF_LANES(sums[j]);
-  if (me % 32 == 0) of_lanes[me / 32][j] = v;
-}
-WAIT;
-if (me < R) {
-  float v = 0.0f;
-  for (int lane = 0; lane < THREADS / 32; ++lane) v += of_lanes[lane][me];
-  z[me] = v;
-}
-WAIT;
-const int column = bounds[part] + block * THREADS + me;
-if (column < bounds[part + 1]) {
-  float v = (float) y[(size_t) token * out_width + column];
-  const size_t at = (size_t) slot * out_width + column;
-  for (int j = 0; j < R; ++j) v += (float) b[at * R + j] * z[j];
-  out[(size_t) token * out_width + column] = (T) v;
-}
-"""
-
-
-def update_after(y, x, a, b, widths, slots, gain=None, shift=None):
-    """`kernel.add_update`, without gain and shift, by one kernel of blocks of 512 threads."""
-    if gain is not None or shift is not None:
-        return kernel.add_update(y, x, a, b, widths, slots, gain, shift)
-    threads = 512 if a.shape[2] <= 48 else 256  # more ranks leave a thread too few registers
-    (out,) = _after()(
-        inputs=[x, y, a, b, slots, _blocks(tuple(widths), threads)[0]],
-        template=[("T", y.dtype), ("R", a.shape[2]), ("THREADS", threads)],
-        grid=(threads * _blocks(tuple(widths), threads)[1], x.size // x.shape[-1], 1),
-        threadgroup=(threads, 1, 1),
-        output_shapes=[y.shape],
-        output_dtypes=[y.dtype],
-    )
-    return out
-
-
-@cache
-def _after():
-    header = kernel.HEADERS["cuda"] + kernel.HEADER
-    names = ["x", "y", "a", "b", "slots", "bounds"]
-    return build_quickly("update_after", names, ["out"], spelled(AFTER, kernel.WORDS["cuda"]), header)

@@ -21,7 +21,7 @@ import mlx_adapters  # noqa: F401  (before mlx)
 # isort: split
 import mlx.core as mx
 from decode import CLOCK, RANK, SHAPES, stamped
-from product_kernel import SHARES, product_and_update, update_after
+from product_kernel import SHARES, product_and_update
 
 from mlx_adapters.runtime import kernel
 from mlx_adapters.system.gpu_kernels import build_quickly
@@ -72,9 +72,10 @@ def two_products(layers: Layers, x: mx.array, adds: bool = False) -> list[mx.arr
     return [mx.addmm(y, low, high) if adds else y + low @ high for y, low, high in parts]
 
 
-def by_kernels(layers: Layers, x: mx.array, update: Callable[..., mx.array] = kernel.add_update) -> list[mx.array]:
-    """The product and a x, neither of which waits for the other, and a kernel that adds b z."""
-    return layers.split(update(layers.product(x), x, layers.a, layers.b, layers.widths, kernel.first(x)))
+def by_kernels(layers: Layers, x: mx.array, apart: bool) -> list[mx.array]:
+    """The product, and a kernel that adds the update; or a x beside it, and a kernel that adds b z."""
+    given = layers.product(x), x, layers.a, layers.b, layers.widths, kernel.first(x)
+    return layers.split(kernel.add_update(*given, apart=apart))
 
 
 def one_kernel(layers: Layers, x: mx.array, share: tuple[int, int] | None = None) -> list[mx.array]:
@@ -87,8 +88,8 @@ WAYS: dict[str, Callable[[Layers, mx.array], list[mx.array]]] = {
     "groups, no adapter": without,
     "y + (x a) b": two_products,
     "addmm(y, x a, b)": partial(two_products, adds=True),
-    "a kernel after it": partial(by_kernels, update=update_after),
-    "a x beside it, and a kernel after both": by_kernels,
+    "a kernel after it": partial(by_kernels, apart=False),
+    "a x beside it, and a kernel after both": partial(by_kernels, apart=True),
     "one kernel": one_kernel,
 }
 WAYS |= {

@@ -12,19 +12,17 @@ import pytest
 from mlx_adapters.models import quantized_check
 from mlx_adapters.runtime import additions, kernel
 from mlx_adapters.runtime.factors import Factors
-from mlx_adapters.system.gpu_kernels import spelled
 
 SCALED = ("gain", "shift")
 
 
-def test_both_languages_share_one_text():
-    metal, cuda = (
-        spelled(kernel.LOW, kernel.WORDS[own]) + kernel.high_source(own, SCALED) for own in ("metal", "cuda")
-    )
+@pytest.mark.parametrize("name", kernel.KERNELS)
+def test_both_languages_share_one_text(name):
+    metal, cuda = (kernel.source(own, name, SCALED) for own in ("metal", "cuda"))
     for word, own in sorted(kernel.WORDS["metal"].items(), key=lambda item: -len(item[1])):
         metal = metal.replace(own, kernel.WORDS["cuda"][word])
     assert metal == cuda
-    text = kernel.high_source("cuda", [])
+    text = kernel.source("cuda", name, [])
     assert kernel.GAIN not in text and kernel.SHIFT not in text
 
 
@@ -38,7 +36,7 @@ def gpu(monkeypatch):
     kernel._tried.cache_clear()
 
 
-def honest(y, x, a, b, widths, slots, gain=None, shift=None):
+def honest(y, x, a, b, widths, slots, gain=None, shift=None, apart=None):
     """Of products, for two layers or one."""
     slots = slots[: x.size // x.shape[-1]]
     z = mx.einsum("...i,slri->s...lr", x, a)[slots[0].item()]
@@ -46,7 +44,7 @@ def honest(y, x, a, b, widths, slots, gain=None, shift=None):
         z = mx.stack([mx.einsum("i,lri->lr", x[i], a[slots[i].item()]) for i in range(slots.size)])
         b = mx.stack([b[slot.item()] for slot in slots])
     else:
-        b = b[0]
+        b = b[slots[0].item()]
     low = mx.concatenate([mx.repeat(z[..., i : i + 1, :], width, axis=-2) for i, width in enumerate(widths)], axis=-2)
     scaled = y if gain is None else y * gain[slots] + (0 if shift is None else shift[slots])
     return scaled + (b * low).sum(axis=-1)
@@ -124,9 +122,9 @@ def test_a_kernel_that_is_right_is_used_for_few_tokens(gpu):
     expected = added()
     gpu.setattr(kernel, "add_update", counting)
     kernel._tried.cache_clear()
-    assert mx.allclose(added(), expected, atol=1e-4) and len(calls) == 2  # the first one tries it
+    assert mx.allclose(added(), expected, atol=1e-4) and len(calls) == 3  # it is tried both ways
     added(tokens=kernel.MOST_TOKENS + 1)
-    assert len(calls) == 2
+    assert len(calls) == 3
 
 
 @pytest.mark.parametrize("wrong", ["lies", "raises"])
@@ -144,23 +142,40 @@ def test_a_kernel_that_is_wrong_is_not_used(gpu, wrong):
     assert mx.allclose(added(), expected, atol=1e-4)
 
 
-def test_the_first_kernel_waits_for_nothing_of_the_product(monkeypatch):
-    """Its threads are a block for each row of a, the second's one for each column; no input of either is so small that
-    it lies in a page which moves when the host writes."""
-    seen = []
-    outputs = {"z": mx.zeros((2, 2, 8)), "out": mx.zeros((2, 600))}
+@pytest.fixture
+def seen(monkeypatch):
+    """Kernels that are called: name, inputs by name, and all that was given."""
+    calls = []
 
-    def way(name, inputs, names, source, header):
-        return lambda **given: (
-            seen.append((name, dict(zip(inputs, given["inputs"], strict=True)), given)) or [outputs[names[0]]]
-        )
+    def way(name, inputs, outputs, source, header):
+        def call(**given):
+            calls.append((name, dict(zip(inputs, given["inputs"], strict=True)), given))
+            return [mx.zeros(given["output_shapes"][0], given["output_dtypes"][0])]
+
+        return call
 
     monkeypatch.setitem(kernel._built, mx.float32, way)
+    kernel._kernel.cache_clear()
+    return calls
+
+
+def test_of_several_tokens_the_first_kernel_waits_for_nothing_of_the_product(seen):
+    """Its blocks are a row of a each, the second's some columns; no input of either is so small that it lies in a page
+    which moves when the host writes."""
     a, b, x = mx.zeros((1, 2, 8, 32)), mx.zeros((1, 600, 8)), mx.zeros((2, 32))
     kernel.add_update(mx.zeros((2, 600)), x, a, b, (500, 100), kernel.first(x))
     (low, of_low, first), (high, of_high, second) = seen
-    assert low == "low" and "y" not in of_low and high == "high" and of_high["z"] is outputs["z"]
-    assert first["grid"] == (2 * 8 * kernel.LOW_THREADS, 2, 1) and first["output_shapes"] == [(2, 2, 8)]
+    assert low == "low" and "y" not in of_low and high == "high" and of_high["z"].shape == (2, 2, 8)
+    assert first["grid"] == (2 * 8 * kernel.LOW_THREADS, 2, 1)
     assert second["grid"] == (3 * kernel.HIGH_THREADS, 2, 1) and of_high["bounds"].tolist()[:3] == [0, 500, 600]
-    kernel.add_update(mx.zeros((1, 24)), x[:1], a[:, :1], b[:, :24], (24,), kernel.first(x[:1]))
     assert all(array.nbytes > 8 for _, arrays, _ in seen for array in arrays.values())
+
+
+@pytest.mark.parametrize(("rank", "threads"), [(8, 512), (48, 512), (64, 256)])
+def test_of_one_token_one_kernel_whose_blocks_are_smaller_for_ranks_that_take_many_registers(seen, rank, threads):
+    a, b, x = mx.zeros((1, 2, rank, 32)), mx.zeros((1, 608, rank)), mx.zeros((1, 1, 32))
+    kernel.add_update(mx.zeros((1, 1, 608)), x, a, b, (600, 8), kernel.first(x))
+    ((name, arrays, given),) = seen
+    assert name == "one" and given["threadgroup"] == (threads, 1, 1) and ("THREADS", threads) in given["template"]
+    assert given["grid"] == ((-(-600 // threads) + 1) * threads, 1, 1)
+    assert all(array.nbytes > 8 for array in arrays.values())

@@ -1,6 +1,7 @@
 """What stands in for MLX's functions on CUDA, held against them here on the CPU."""
 
 import contextlib
+import math
 
 import mlx.core as mx
 import pytest
@@ -43,6 +44,23 @@ def test_a_packed_matrix_is_read_once_for_all_rows(shape, bits, monkeypatch):
         assert mx.allclose(y, expected, atol=1e-4)
         many = reading and x.size // 64 > cuda.MANY_TOKENS
         assert read == ([] if many else [shape if len(shape) < 3 or shape[0] == 1 else flat])
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("lead", [(2,), (1, 3), (4, 1), (7, 1), (8, 1), (1, 7)], ids=str)
+def test_of_some_tokens_a_large_matrix_is_multiplied_as_of_eight(lead, bits, monkeypatch):
+    packed, read = mx.quantize(normal(32, 64), group_size=32, bits=bits), []
+    x, tokens = normal(*lead, 64, seed=1), math.prod(lead)
+    expected = packed_by_mlx(x, *packed, bits=bits, group_size=32)
+    monkeypatch.setattr(
+        cuda, "packed", lambda x, *rest, **more: read.append(x.shape) or packed_by_mlx(x, *rest, **more)
+    )
+    for large in (32 * 64, 32 * 64 + 1):
+        monkeypatch.setattr(cuda, "LARGE", large)
+        y = cuda.quantized_matmul(x, *packed, bits=bits, group_size=32)
+        assert y.shape == expected.shape and mx.allclose(y, expected, atol=1e-4)
+    first, second = read
+    assert first == ((8, 64) if 3 <= tokens <= 8 and lead != (8,) else x.shape) and math.prod(second[:-1]) == tokens
 
 
 def test_other_products_are_left_alone():
