@@ -2,10 +2,11 @@
 
 A product with a packed matrix reads it anew for each row of a batch (a 4B model's in 4 bits on an H200: 16 rows of one
 token took 118 to 328 us, 16 tokens in one row 20 to 36), of three to seven tokens it takes longer than of eight (4 of
-them 45 to 122 us where 8 took 19 to 36), and from some hundred on the matrix is better unpacked first. Attention over several tokens is cuDNN's, which is compiled for each new shape, in 75 to 230 ms; prompts that
-join a batch nearly always have one. And operations are launched as graphs of a hundred or more, and one of a form that
-was not there before takes 0.1 ms for each of them: three quarters of the time of a pass over prompts. What is handed
-over layer by layer (`hand_over`) has the same form in all of them.
+them 45 to 122 us where 8 took 19 to 36), and from some hundred on the matrix is better unpacked first. Attention over
+several tokens is cuDNN's, which is compiled for each new shape, in 75 to 230 ms; prompts that join a batch nearly
+always have one. And operations are launched as graphs of a hundred or more, and one of a form that was not there before
+takes 0.1 ms for each of them: three quarters of the time of a pass over prompts. What is handed over layer by layer
+(`hand_over`) has the same form in all of them.
 """
 
 import contextlib
