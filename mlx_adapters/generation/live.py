@@ -454,12 +454,13 @@ def load_model(
     """
     if adapter is not None:
         get_ready()
-    loaded = None if adapter is None else load_adapter(adapter)
-    model = LiveModel(load_plain_model(resolve_base(base), dtype=dtype, dense=dense, template=template, together=None))
+    wanted, loaded = [] if adapter is None else [adapter], list[Adapter]()
+    plainly = partial(load_plain_model, dtype=dtype, dense=dense, template=template, together=None)
+    model = LiveModel(plainly(resolve_base(base), meanwhile=lambda: loaded.extend(map(load_adapter, wanted))))
     if kv is not None and kv.kv_bits is not None:
         require_quantizable(model.module, kv, str(model.config.get("model_type")))
         model.kv = kv
     model.drafter = load_drafter(drafting, model, dtype) if drafting else None
-    if loaded is not None and adapter is not None:
-        model._attach(loaded, plain(adapter), any_base, None, use=True)
+    if adapter is not None:
+        model._attach(loaded.pop(), plain(adapter), any_base, None, use=True)
     return model

@@ -7,7 +7,9 @@ arithmetic is ten times slower there); on a GPU it stays as stored.
 import contextlib
 import json
 import re
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -36,7 +38,7 @@ from mlx_adapters.models.quantized_check import replace_miscomputed
 from mlx_adapters.storage.paths import refuse_pointer
 from mlx_adapters.storage.tensor_names import QUANTIZED_LEAVES, WEIGHT, split
 from mlx_adapters.surgery.caches import compute_as_generated, trace
-from mlx_adapters.surgery.groups import Origins, read_into_place
+from mlx_adapters.surgery.groups import Origins, reading_into_place
 from mlx_adapters.system.door import (
     TRUST_IT,
     load_mlx_model,
@@ -66,6 +68,7 @@ def load_model(
     gradients: bool = False,
     template: TemplateConfig | None = None,
     together: bool | None = False,
+    meanwhile: Callable[[], object] = lambda: None,
 ) -> Model:
     """Load a base model (or a fused folder), with an adapter on it if one is given.
 
@@ -73,24 +76,31 @@ def load_model(
     (default: on a CPU). On a GPU, quantized layers that MLX computes wrong there are made dense and named in a
     MiscomputedWarning; with `gradients` also those that it gives wrong gradients. `template`: as for
     `load_tokenizer_of`. `together`: lay the linear layers that share an input below each other as they are read, for
-    adapters that are attached later (None: on a GPU). Raises NotFoundError, HubError, FormatError, ModelError or
-    IncompatibleError.
+    adapters that are attached later (None: on a GPU). `meanwhile` is called while threads read the weights. Raises
+    NotFoundError, HubError, FormatError, ModelError or IncompatibleError.
     """
     require(dtype in DTYPES, f"dtype must be one of {', '.join(DTYPES)}, not '{dtype}'.")
     together = on_gpu() if together is None else together
     with Origins() as origins:
         module, config = load_module(base)
-    tokenizers: list[Any] = []
-    with refusals(lambda why: ModelError(f"The weights of '{base.name}' cannot be read: {why}.", WHOLE_MODEL)):
-        set_precision(module, dtype, dense)
-        if on_gpu():
-            lay_experts_out(module)
-        layers = adaptable_layers(module) if together else {}
-        groups = read_into_place(module, layers, origins, lambda: tokenizers.append(load_tokenizer_of(base, template)))
+    unreadable = partial(
+        refusals, lambda why: ModelError(f"The weights of '{base.name}' cannot be read: {why}.", WHOLE_MODEL)
+    )
+    with contextlib.ExitStack() as stack:
+        with unreadable():
+            set_precision(module, dtype, dense)
+            if on_gpu():
+                lay_experts_out(module)
+            layers = adaptable_layers(module) if together else {}
+            finish = stack.enter_context(reading_into_place(module, layers, origins))
+        meanwhile()
+        tokenizer = load_tokenizer_of(base, template)
+        with unreadable():
+            groups = finish()
     wrong = set(replace_miscomputed(module, compute_dtype(module), gradients) if on_gpu() else ())
     require_experts(module, base)
     require_numbers(module, base)
-    model = Model(module, tokenizers[0], base, config, template=template or TemplateConfig())
+    model = Model(module, tokenizer, base, config, template=template or TemplateConfig())
     model.together = {paths: arrays for paths, arrays in groups.items() if wrong.isdisjoint(paths)}
     if adapter is not None:
         model.attach(adapter, any_base)

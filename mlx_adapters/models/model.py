@@ -45,7 +45,7 @@ class Model:
     config: dict[str, Any]
     adapter: Adapter | None = field(default=None)
     template: TemplateConfig = field(default=TemplateConfig())
-    together: dict[tuple[str, ...], Arrays] = field(default_factory=dict, init=False)  # see `read_into_place`
+    together: dict[tuple[str, ...], Arrays] = field(default_factory=dict, init=False)  # see `reading_into_place`
 
     def __repr__(self) -> str:
         return f"Model({self.base.name!r}, adapter={self.adapter.name if self.adapter else None!r})"

@@ -5,9 +5,9 @@ they are read from the files at once.
 import io
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -86,24 +86,30 @@ def leaves_of(layer: nn.Module) -> list[str]:
     return [name for name in (*QUANTIZED_LEAVES, BIAS) if layer.get(name) is not None]
 
 
-def read_into_place(
-    module: nn.Module,
-    layers: Mapping[str, nn.Module],
-    origins: "Origins",
-    meanwhile: Callable[[], None] = lambda: None,
-) -> dict[tuple[str, ...], Arrays]:
-    """Evaluate a model's weights; `lay_together`, by their paths, for all groups of `layers`.
+@contextmanager
+def reading_into_place(
+    module: nn.Module, layers: Mapping[str, nn.Module], origins: "Origins"
+) -> Iterator[Callable[[], dict[tuple[str, ...], Arrays]]]:
+    """Within the block threads read a model's weights; gives what waits for them, and evaluates what is no tensor of a
+    file: it gives `lay_together`, by their paths, for all groups of `layers`.
 
-    What is a tensor of a file is read to where it stays: nothing is copied, or in memory twice. `meanwhile` is called
-    while threads read.
+    What is a tensor of a file is read to where it stays: nothing is copied, or in memory twice.
     """
     groups = {
         paths: [layers[path] for path in paths] for paths in (find_groups(module, dict(layers)) if layers else ())
     }
     wanted, places = _wanted(module, groups, origins)
-    reading = begin_reading(wanted)
-    meanwhile()
-    read = reading()
+    with begin_reading(wanted) as reading:
+        yield lambda: _in_place(module, groups, origins, places, reading())
+
+
+def _in_place(
+    module: nn.Module,
+    groups: Mapping[tuple[str, ...], Sequence[nn.Module]],
+    origins: "Origins",
+    places: Mapping[str, str],
+    read: Mapping[str, mx.array],
+) -> dict[tuple[str, ...], Arrays]:
     origins.require_unchanged()
     module.load_weights([(name, read[first]) for name, first in places.items()], strict=False)
     laid: dict[tuple[str, ...], Arrays] = {}
@@ -199,13 +205,13 @@ def _version(path: Path) -> Any:
     return stat and (stat.st_ino, stat.st_size, stat.st_mtime_ns)
 
 
-def begin_reading(wanted: Mapping[str, Sequence[StoredTensor]]) -> Callable[[], dict[str, mx.array]]:
+@contextmanager
+def begin_reading(wanted: Mapping[str, Sequence[StoredTensor]]) -> Iterator[Callable[[], dict[str, mx.array]]]:
     """Gives what waits for tensors of files as arrays, evaluated, those of one name one below the other: (Σ n, ...).
 
-    Each is read to where it stays, and several are at a time, from now on. What waits raises OSError.
+    Each is read to where it stays, and several are at a time, from now on to the end of the block. What waits raises
+    OSError.
     """
-    if not wanted:
-        return dict
     batches: list[dict[str, Sequence[StoredTensor]]] = [{}]
     size = 0
     for name, parts in wanted.items():
@@ -214,8 +220,12 @@ def begin_reading(wanted: Mapping[str, Sequence[StoredTensor]]) -> Callable[[], 
         if size >= BATCH:
             batches.append({})
             size = 0
-    read = _readers().map(_read, filter(None, batches))
-    return lambda: {name: array for arrays in read for name, array in arrays.items()}
+    reads = [_readers().submit(_read, batch) for batch in batches if batch]
+    try:
+        yield lambda: {name: array for read in reads for name, array in read.result().items()}
+    finally:
+        for read in reads:
+            read.cancel()
 
 
 @cache

@@ -4,8 +4,7 @@ A random model of a real shape (4 bits on a GPU) and a random adapter of rank 8 
 folder. `seconds`: from the call until the weights are evaluated, imports aside; all processes of a round wait for each
 other, then take turns, and the first round, which brings the files into memory, does not count. `to the first
 logits`: and one pass of three tokens, which brings in the kernels that loading here has used already. Also measured, to
-see what they would bring: loading with the tokenizer after the weights, not beside them ("in turn"); with the adapter
-read beside them, too ("beside"); with kernels of one token used once on small arrays meanwhile ("primed"). `peak` is
+see what they would bring: loading with tokenizer and adapter after the weights, not beside them ("in turn"). `peak` is
 `mx.get_peak_memory()` after loading; `of both` is that over base and adapter as they lie in memory. The bars: 1.03 of
 both, 1.05 of mlx-lm's seconds.
 
@@ -21,14 +20,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from train_memory import SHAPES, base_folder
 
 import mlx_adapters  # noqa: F401  (before mlx: it sees to a fast BLAS)
 
-WAYS = ("mlx-lm", "ours", "ours, in turn", "ours, primed")
-WAYS += ("mlx-lm, adapter", "ours, adapter", "ours, adapter, beside", "ours, adapter, beside, primed")
+WAYS = ("mlx-lm", "ours", "ours, in turn", "mlx-lm, adapter", "ours, adapter", "ours, adapter, in turn")
 
 
 def write_adapter(base: Path, folder: Path) -> None:
@@ -53,56 +52,16 @@ def write_adapter(base: Path, folder: Path) -> None:
 
 
 def in_turn() -> None:
-    """From now on here the tokenizer is loaded when all weights are there."""
+    """From now on here all weights are read before anything else is."""
     from mlx_adapters.models import loading
 
-    def read(module, layers, origins, meanwhile):
-        laid = together(module, layers, origins)
-        meanwhile()
-        return laid
+    @contextmanager
+    def read(*given):
+        with beside(*given) as finish:
+            laid = finish()
+            yield lambda: laid
 
-    together, loading.read_into_place = loading.read_into_place, read
-
-
-def prime() -> None:
-    """Use what one token needs once, on small arrays, in the threads that read."""
-    import mlx.core as mx
-    from mlx_lm.models.activations import swiglu
-
-    from mlx_adapters.surgery.groups import in_advance
-
-    x, heads = mx.zeros((3, 1, 512), mx.bfloat16), mx.zeros((3, 8, 1, 128), mx.bfloat16)
-    packed = mx.zeros((512, 64), mx.uint32), *[mx.zeros((512, 8), mx.bfloat16)] * 2
-    tokens, options = mx.zeros((3, 1), mx.int32), {"group_size": 64, "bits": 4}
-    for work in (
-        lambda: mx.quantized_matmul(x, *packed, transpose=True, **options),
-        lambda: mx.dequantize(packed[0][tokens], packed[1][tokens], packed[2][tokens], **options),
-        lambda: mx.fast.rms_norm(x, mx.ones((512,), mx.bfloat16), 1e-6),
-        lambda: mx.fast.rope(heads, 128, traditional=False, base=1e6, scale=1.0, offset=0),
-        lambda: mx.fast.scaled_dot_product_attention(heads, heads, heads, scale=0.1, mask=None),
-        lambda: swiglu(x, x) + x,
-        lambda: x.astype(mx.float32),
-    ):
-        in_advance(work)
-
-
-def beside(base: Path, adapter: str, packed: bool):
-    """`load_model`, with the adapter read while threads read the base's weights."""
-    from mlx_adapters.generation.live import LiveModel, get_ready, load_adapter, load_plain_model
-    from mlx_adapters.models import loading
-    from mlx_adapters.sources.bases import resolve_base
-
-    load, read = loading.load_tokenizer_of, []
-
-    def load_both(*given):
-        read.append(load_adapter(adapter))
-        return load(*given)
-
-    get_ready()
-    loading.load_tokenizer_of = load_both
-    model = LiveModel(load_plain_model(resolve_base(base), dense=False if packed else None, together=None))
-    model._attach(read[0], adapter, False, None, use=True)
-    return model
+    beside, loading.reading_into_place = loading.reading_into_place, read
 
 
 def one(way: str, work: Path, shape: str, packed: bool) -> dict:
@@ -126,10 +85,8 @@ def one(way: str, work: Path, shape: str, packed: bool) -> dict:
         held = {name: array.nbytes for name, array in tree_flatten(module.parameters())}
         bytes_of = {kind: sum(n for name, n in held.items() if ("lora" in name) == kind) for kind in (False, True)}
     else:
-        if "primed" in way:
-            prime()
         dense = False if packed else None
-        model = beside(base, adapter, packed) if "beside" in way else load_model(base, adapter, dense=dense)
+        model = load_model(base, adapter, dense=dense)
         bytes_of = {True: model.pool.nbytes}
         module = model.module
     seconds, peak = time.perf_counter() - start, mx.get_peak_memory()

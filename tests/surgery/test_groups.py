@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from mlx_adapters.errors import NotFoundError
+from mlx_adapters.generation import live
 from mlx_adapters.models import loading
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.surgery import groups
@@ -29,7 +31,8 @@ def test_it_holds_what_mlx_lm_reads_and_nothing_is_in_memory_twice(architecture,
     mx.clear_cache()
     mx.reset_peak_memory()
     before = mx.get_active_memory()
-    laid = groups.read_into_place(module, dict(loading.adaptable_layers(module)), origins)
+    with groups.reading_into_place(module, dict(loading.adaptable_layers(module)), origins) as finish:
+        laid = finish()
     size = sum(array.nbytes for _, array in tree_flatten(module.parameters()))
     assert mx.get_peak_memory() - before <= size + 4096
     own, theirs = bits_of(module), bits_of(expected)
@@ -51,6 +54,7 @@ def test_a_tokenizer_is_loaded_while_weights_are_read(tiny_model, monkeypatch):
         begun.set()
         return load(*given)
 
+    monkeypatch.setattr(loading, "set_precision", lambda *given: None)  # as on a GPU: weights stay those of files
     monkeypatch.setattr(groups, "_read", read_later)
     monkeypatch.setattr(loading, "load_tokenizer_of", load_and_tell)
     model = loading.load_model(resolve_base(tiny_model()))
@@ -62,7 +66,8 @@ def test_what_was_changed_after_it_was_read_is_not_read_again(tiny_model):
     with groups.Origins() as origins:
         arrays = mx.load(path)
     one, other = arrays["model.layers.0.self_attn.k_proj.weight"], arrays["model.layers.0.self_attn.v_proj.weight"]
-    read = groups.begin_reading({"both": origins.of([one, other])})()["both"]
+    with groups.begin_reading({"both": origins.of([one, other])}) as reading:
+        read = reading()["both"]
     assert np.array_equal(np.array(read), np.concatenate([one, other]))  # evaluated by now
     assert not origins.of([one])
     with groups.Origins() as origins:
@@ -81,8 +86,32 @@ def test_a_file_that_became_shorter_is_told_of(tiny_model, tmp_path):
     wanted = {name: origins.of([array]) for name, array in arrays.items()}
     assert all(wanted.values())
     os.truncate(path, path.stat().st_size // 2)
-    with pytest.raises(OSError, match="shorter than it was"):
-        groups.begin_reading(wanted)()
+    with pytest.raises(OSError, match="shorter than it was"), groups.begin_reading(wanted) as reading:
+        reading()
+
+
+def test_an_adapter_is_read_while_weights_are_and_without_one_no_more_of_them(tiny_model, monkeypatch):
+    begun, reads, go = [], threading.Event(), threading.Event()
+
+    def read(wanted):
+        begun.append(wanted)
+        reads.set()
+        assert go.wait(60)
+        return {}
+
+    def absent(adapter):
+        assert reads.wait(60)
+        raise NotFoundError("There is no adapter.")
+
+    monkeypatch.setattr(loading, "set_precision", lambda *given: None)  # as on a GPU: weights stay those of files
+    monkeypatch.setattr(groups, "BATCH", 1)
+    monkeypatch.setattr(groups, "_read", read)
+    monkeypatch.setattr(live, "load_adapter", absent)
+    with pytest.raises(NotFoundError):
+        live.load_model(tiny_model(), "absent")
+    go.set()
+    groups._readers().submit(int).result()
+    assert 0 < len(begun) <= groups.READERS
 
 
 def test_a_file_that_is_replaced_meanwhile_is_told_of(tiny_model, tmp_path):
@@ -93,5 +122,6 @@ def test_a_file_that_is_replaced_meanwhile_is_told_of(tiny_model, tmp_path):
     path = next(folder.glob("*.safetensors"))
     shutil.copy(path, tmp_path / "other")
     (tmp_path / "other").replace(path)
-    with pytest.raises(OSError, match="changed while it was read"):
-        groups.read_into_place(module, dict(loading.adaptable_layers(module)), origins)
+    reading = groups.reading_into_place(module, dict(loading.adaptable_layers(module)), origins)
+    with pytest.raises(OSError, match="changed while it was read"), reading as finish:
+        finish()
