@@ -273,7 +273,7 @@ def _spelled(error: Exception) -> dict[str, Any]:
 def start() -> World:
     """The world that `mlx.launch` (or MPI) made, or this process alone.
 
-    Raises TrainingError if it was started as one of several and cannot reach the others.
+    Raises TrainingError if it was started as one of several and cannot reach the others, or reaches those of another run.
     """
     if not any(name in os.environ for name in LAUNCHED):
         return World()
@@ -289,7 +289,27 @@ def start() -> World:
             "use 'mlx.launch' (docs/distributed.md); under mpirun MLX needs the MPI library: MLX_MPI_LIBNAME.",
         )
     world = World(group.rank(), size, group)
+    _require_own(world)
     return replace(world, peers=_peers(world))
+
+
+def _require_own(world: World) -> None:
+    """Raise TrainingError where the sums are partly another run's: what this process gives is not in what it gets.
+
+    MLX's ring takes whoever calls at its port: two runs over the same ports at once may become one ring of twice the
+    length, which goes round half of it for each sum. Two that only exchange processes differ in what they were asked for.
+    """
+    mine = np.zeros(world.size, np.int32)
+    mine[world.rank] = 1 + secrets.randbits(30)
+    try:
+        together = np.array(world.sum(mx.array(mine)))
+    except LostPeerError:
+        raise _ended_early() from None
+    if together[world.rank] != mine[world.rank]:
+        raise TrainingError(
+            "Processes of another run answer at this one's addresses.",
+            "start one when the other has ended, or over other ports: mlx.launch --starting-port.",
+        )
 
 
 def _peers(world: World) -> Peers | None:

@@ -10,6 +10,7 @@ lets it do so in a quarter of what a step needs, if there is as much, and no fur
 backward pass, or whole blocks, and, if that is not enough, take batches in parts.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -240,16 +241,19 @@ def _ladder(
     base: Base, rows: Sequence[Row], lora: LoraConfig, training: TrainConfig
 ) -> Iterator[tuple[Rung, MemoryPlan, Parts, Batch]]:
     """The ways that are left open, and then the last of them with fewer and fewer rows at a time; each is measured as
-    it is asked for."""
+    it is asked for. One that takes more than one before it is passed over."""
     plans = [(MemoryPlan(again), 0) for again in _asked(training)]
     each = largest_draw(rows, training, on_gpu()).batches[0].tokens.size // training.batch_size
     few = training.batch_size
     while few > 1:
         few = -(-few // 2)
         plans.append((replace(plans[-1][0], positions=few * each), few))
-    room = ROOM * _usable(training)
+    room, least = ROOM * _usable(training), math.inf
     for memory, few in plans:
         parts, largest = forecast(base, rows, lora, training, memory)
+        if parts.peak_bytes > least:
+            continue
+        least = parts.peak_bytes
         rung = Rung(memory.again, few, parts.peak_bytes, SLOWER[memory.again], parts.peak_bytes <= room)
         yield rung, memory, parts, largest
 

@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import astuple
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -16,9 +17,11 @@ from mlx_adapters.config.fusing import FuseOptions
 from mlx_adapters.config.quantization import Quantization
 from mlx_adapters.fusion.fuse import fuse
 from mlx_adapters.models.loading import load_model
+from mlx_adapters.rounding.packed import Packed, dequantize
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.storage import files
-from mlx_adapters.storage.tensor_names import FUSE_RECIPE_FILE
+from mlx_adapters.storage.tensor_names import FUSE_RECIPE_FILE, QUANTIZED_LEAVES
+from mlx_adapters.system.machine import on_gpu
 
 FILE = "model.safetensors"
 
@@ -38,6 +41,24 @@ def test_layers_of_all_kinds_become_unquantized(architecture, form, tmp_path):
     assert mx.abs(module(IDS) - expected).max().item() < 1e-3 * mx.abs(expected).max().item()
 
 
+def require_same(whole: Path, parted: Path) -> None:
+    """The same tensors; to the byte on a CPU. A GPU rounds a product of half the rows otherwise than one of all, by
+    some last bits, which moves a code here and there to the next one."""
+    assert on_gpu() or (whole / FILE).read_bytes() == (parted / FILE).read_bytes()
+    one, other = (dict(mx.load(str(folder / FILE))) for folder in (whole, parted))
+    written = files.read_json(whole / "config.json")["quantization"]
+    own = Quantization(written["bits"], written["group_size"])
+    rounded = [name.removesuffix(".scales") for name in one if name.endswith(".scales")]
+    assert len(rounded) > 8 and one.keys() == other.keys()
+    for path in rounded:
+        packed = [Packed.of({leaf: given.pop(f"{path}.{leaf}") for leaf in QUANTIZED_LEAVES}, own) for given in (one, other)]
+        first, second = map(dequantize, packed)
+        apart, steps = mx.abs(first - second), mx.repeat(mx.abs(packed[0].scales), own.group_size, axis=-1)
+        assert (apart <= 1.01 * steps).all().item(), path  # codes by one at most
+        assert (apart > 1e-3 * steps).mean().item() < 1e-3, path  # and few of them
+    assert all(mx.array_equal(one[name], other[name]).item() for name in one)
+
+
 @pytest.mark.parametrize("architecture", ["llama", "qwen3_moe"])
 def test_the_next_layer_is_begun_before_this_one_is_written_and_in_pieces_as_on_a_gpu_it_is_the_same(
     architecture, tmp_path, monkeypatch
@@ -52,7 +73,7 @@ def test_the_next_layer_is_begun_before_this_one_is_written_and_in_pieces_as_on_
     monkeypatch.setattr(Assembly, "_rows", lambda own, plan, packed: began.append(plan.path) or rows(own, plan, packed))
     monkeypatch.setattr(Assembly, "_make_layer", lambda own, plan, some: began.append("") or make(own, plan, some))
     made = fuse(*ingredients, tmp_path / "ahead", quantization=4, options=options)
-    assert (tmp_path / "alone" / FILE).read_bytes() == (tmp_path / "ahead" / FILE).read_bytes()
+    require_same(tmp_path / "alone", tmp_path / "ahead")
     assert len([path for path in began if path]) == len(set(began)) - 1 >= len(made.survival) > 8
     for one, other in zip(made.survival, whole.survival, strict=True):
         assert astuple(one)[1:] == pytest.approx(astuple(other)[1:], rel=1e-4)

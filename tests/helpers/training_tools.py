@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -122,6 +123,12 @@ def make_updates_visible(module, strength: float = 0.05) -> dict[str, mx.array]:
             weights[name] = strength * mx.random.normal(weights[name].shape, key=mx.random.key(number))
     log_probabilities.set_weights(module, weights)
     return weights
+
+
+def own_port() -> int:
+    """The first of sixteen ports that no other test's process uses at this time, below those that the system gives out:
+    MLX's ring takes whoever calls."""
+    return 16_384 + os.getpid() % 1000 * 16
 
 
 def measure_once(patch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.training_tools import write_data, write_preferences
+from helpers.training_tools import own_port, write_data, write_preferences
 
 from mlx_adapters import LoraConfig, TrainConfig, train
 from mlx_adapters.config.mapping import to_mapping
@@ -61,7 +61,8 @@ def runs(tiny_model, tmp_path_factory):
         }
         (work / "request.json").write_text(json.dumps(request))
         script = [sys.executable, str(TESTS / "helpers" / "train_two.py"), str(work / "request.json")]
-        command = [str(Path(sys.executable).parent / "mlx.launch"), "-n", "2", "--backend", "ring", "--", *script]
+        program = str(Path(sys.executable).parent / "mlx.launch")
+        command = [program, "-n", "2", "--backend", "ring", "-p", str(own_port()), "--", *script]
         beside = {} if name == "lost" else {"NCCL_HOST_IP": "127.0.0.1"}  # connections, as where NCCL sums
         done = subprocess.run(command, env=environment | beside, capture_output=True, text=True, timeout=240)
         return done.stdout or done.stderr

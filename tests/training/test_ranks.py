@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.training_tools import write_data
+from helpers.training_tools import own_port, write_data
 
 from mlx_adapters import LoraConfig, TrainConfig, train
 from mlx_adapters.config.mapping import to_mapping
@@ -69,7 +69,7 @@ def said(tiny_model, tmp_path_factory):
     ]
     (work / "scenarios.json").write_text(json.dumps(scenarios))
     script = [sys.executable, str(TESTS / "helpers" / "rank_scenarios.py"), str(work)]
-    command = [str(Path(sys.executable).parent / "mlx.launch"), "-n", "2", "--backend", "ring", "-p", "32411"]
+    command = [str(Path(sys.executable).parent / "mlx.launch"), "-n", "2", "--backend", "ring", "-p", str(own_port())]
     done = subprocess.run([*command, "--", *script], env=environment, capture_output=True, text=True, timeout=240)
     ranks = [[json.loads(line) for line in (work / f"rank{rank}.jsonl").read_text().splitlines()] for rank in (0, 1)]
     assert len(ranks[0]) == len(ranks[1]) == len(scenarios), done.stdout + done.stderr
@@ -135,6 +135,21 @@ def test_early_stopping_and_dropout_agree_over_processes(said, monkeypatch):
     assert first["final"] == second["final"]
     assert [one["final"] for one in said[0]["drop"]] == [4, 4]
     assert all(np.isfinite(np.array(array)).all() for array in weights(said[1] / "drop").values())
+
+
+def test_a_ring_of_two_runs_is_noticed_by_all(tmp_path):
+    """As two runs of three that were started at once over the same ports are wired now and then."""
+    first, places = own_port() + 4, []
+    code = "from mlx_adapters.optimization import distributed; distributed.start()"
+    for place in range(6):  # one listens at its own port, and calls the next one's
+        ports = {place % 3: place, (place + 1) % 3: (place + 1) % 6}
+        hosts = [[f"127.0.0.1:{first + ports.get(rank, place)}"] for rank in range(3)]
+        (tmp_path / f"{place}.json").write_text(json.dumps(hosts))
+        own = {"MLX_RANK": str(place % 3), "MLX_HOSTFILE": str(tmp_path / f"{place}.json"), "PYTHONPATH": str(TESTS.parent)}
+        command = [sys.executable, "-c", code]
+        places.append(subprocess.Popen(command, env=os.environ | own, stderr=subprocess.PIPE, text=True))
+    said = [process.communicate(timeout=60)[1] for process in places]
+    assert all("TrainingError: Processes of another run answer at this one's addresses." in text for text in said), said
 
 
 @pytest.mark.parametrize("variable", ["MLX_WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MLX_HOSTFILE"])
