@@ -15,10 +15,12 @@ import logging
 import os
 import secrets
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +31,13 @@ from mlx_adapters.errors import AdapterError, IncompatibleError, TrainingError
 from mlx_adapters.models.adapter import Weights
 from mlx_adapters.surgery import calls
 from mlx_adapters.system.door import mx
+from mlx_adapters.system.machine import on_cuda
 
 LAUNCHED = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 SIZES = ("MLX_WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 LISTS = ("MLX_HOSTFILE", "MLX_IBV_DEVICES")  # files with an entry for each process
 WAITING = ("NCCL_HOST_IP", "MLX_JACCL_COORDINATOR")  # rank 0's address, where a sum waits for a process that is gone
+KERNELS = "MLX_PTX_CACHE_DIR"  # read once, when the first kernel is compiled
 HERE, SILENCE, REACHED = b".", 10.0, 60.0  # what all say when they meet; seconds in a sum, and to reach rank 0
 KEEP_ALIVE = {"SO_KEEPALIVE": 1, "TCP_KEEPIDLE": 10, "TCP_KEEPALIVE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
 
@@ -278,6 +282,7 @@ def start() -> World:
     if not any(name in os.environ for name in LAUNCHED):
         return World()
     wanted, why = _launched_size(), ""
+    _compile_apart()
     try:
         group = mx.distributed.init()
     except (RuntimeError, ValueError) as error:
@@ -291,6 +296,15 @@ def start() -> World:
     world = World(group.rank(), size, group)
     _require_own(world)
     return replace(world, peers=_peers(world))
+
+
+def _compile_apart() -> None:
+    """On CUDA each rank but the first gets a folder of its own for what MLX compiles: in one that processes share MLX
+    may read what another is just writing."""
+    rank = next(os.environ[name] for name in LAUNCHED if name in os.environ)
+    if rank != "0" and on_cuda():
+        shared = os.environ.get(KERNELS) or Path(tempfile.gettempdir(), "mlx", version("mlx"), "ptx")
+        os.environ[KERNELS] = f"{shared}".removesuffix(f"-{rank}") + f"-{rank}"  # a process may train twice
 
 
 def _require_own(world: World) -> None:

@@ -51,7 +51,9 @@ def require_same(whole: Path, parted: Path) -> None:
     rounded = [name.removesuffix(".scales") for name in one if name.endswith(".scales")]
     assert len(rounded) > 8 and one.keys() == other.keys()
     for path in rounded:
-        packed = [Packed.of({leaf: given.pop(f"{path}.{leaf}") for leaf in QUANTIZED_LEAVES}, own) for given in (one, other)]
+        packed = [
+            Packed.of({leaf: given.pop(f"{path}.{leaf}") for leaf in QUANTIZED_LEAVES}, own) for given in (one, other)
+        ]
         first, second = map(dequantize, packed)
         apart, steps = mx.abs(first - second), mx.repeat(mx.abs(packed[0].scales), own.group_size, axis=-1)
         assert (apart <= 1.01 * steps).all().item(), path  # codes by one at most

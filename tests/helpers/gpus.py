@@ -1,12 +1,26 @@
 """The suite on a machine with GPUs: workers spread over them, the longest tests first, each result kept at once.
 
-    GPUS=4 SEEN=seen.tsv timeout -s INT 500 python -m pytest -p helpers.gpus -n 40 --dist load --maxschedchunk 1
+    GPUS=4 SEEN=seen.tsv KERNELS=kernels timeout -s INT 500 python -m pytest -p helpers.gpus -n 40 --dist load --maxschedchunk 1
+    python tests/helpers/gpus.py seen.tsv
 
 SEEN gets a line for each test that ends: outcome, seconds, id; what fails stands in SEEN.failures. A test that passed
 there before has its turn no more, so that a run that was cut off goes on; one that is new counts as a second long.
+BEFORE (paths, with ":" between them) names what earlier runs gave, the newest last: SEEN itself need not be carried on.
+The second command says how things stand: how many passed, which failed, how long those that are left took before.
+
+KERNELS gets what MLX compiles (a second each, and most of a cold run): every worker has a folder of its own, from which
+what is new is handed on after each test, so that none reads what another is just writing. Kept for the next machine
+(`tar cJf kernels.tar.xz --exclude='.gw*' kernels`; 20 kB each), it begins warm.
+
+Needs pytest-xdist and, for tests/test_types.py, mypy: without it that file is named and left out.
 """
 
+import contextlib
+import importlib.util
 import os
+import sys
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -14,20 +28,54 @@ import pytest
 worker = os.environ.get("PYTEST_XDIST_WORKER")
 if worker and "GPUS" in os.environ:  # read once by CUDA
     os.environ["CUDA_VISIBLE_DEVICES"] = str(int(worker.removeprefix("gw")) % int(os.environ["GPUS"]))
+shared = Path(os.environ["KERNELS"]).absolute() if "KERNELS" in os.environ else None
+own = shared and shared / f".{worker}"
+if own and worker:  # read once by MLX
+    own.mkdir(parents=True, exist_ok=True)
+    os.environ["MLX_PTX_CACHE_DIR"] = str(own)
 OUTCOMES = ("passed", "skipped", "failed")  # of its parts the last here is the test's
-seen_file = Path(os.environ["SEEN"])
 so_far: dict[str, tuple[str, float]] = {}  # id: outcome and seconds of its parts that have ended
 
 
-def seen() -> dict[str, tuple[str, float]]:
-    """{id: (outcome, seconds)} of SEEN, the last line of each test."""
-    lines = seen_file.read_text().splitlines() if seen_file.exists() else []
+def seen(paths: Iterable[str | Path]) -> dict[str, tuple[str, float]]:
+    """{id: (outcome, seconds)} of these files, the last line of each test."""
+    lines = [line for path in map(Path, paths) if path.is_file() for line in path.read_text().splitlines()]
     return {name: (outcome, float(seconds)) for outcome, seconds, name in (line.split("\t") for line in lines)}
+
+
+def hand_on(one: Path, other: Path) -> None:
+    """Link into `other` the kernels that only `one` has. MLX looks for the .ptx, and then reads the .txt beside it."""
+    for ending in (".txt", ".ptx"):
+        there = {path.name for path in other.glob(f"*{ending}")}
+        for path in (path for path in one.glob(f"*{ending}") if path.name not in there):
+            with contextlib.suppress(FileExistsError):  # another worker was sooner
+                os.link(path, other / path.name)
+
+
+def pytest_runtest_logstart() -> None:
+    """What others have compiled."""
+    if own and worker:
+        hand_on(shared, own)
+
+
+def pytest_runtest_logfinish() -> None:
+    """What was compiled here; nothing of the test is writing any more."""
+    if own and worker:
+        hand_on(own, shared)
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Leave out, in words, what needs something that is not installed here."""
+    if collection_path.name != "test_types.py" or importlib.util.find_spec("mypy"):
+        return None
+    if not worker:
+        print("tests/test_types.py is left out: mypy is not installed here.", file=sys.stderr)
+    return True
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Those that have not passed, the longest first."""
-    before = seen()
+    before = seen([*os.environ.get("BEFORE", "").split(os.pathsep), os.environ["SEEN"]])
     done = [item for item in items if before.get(item.nodeid, ("", 0))[0] in ("passed", "skipped")]
     config.hook.pytest_deselected(items=done)
     left = [item for item in items if item not in set(done)]
@@ -42,8 +90,21 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     outcome = max(outcome, report.outcome, key=OUTCOMES.index)
     so_far[report.nodeid] = outcome, seconds + report.duration
     if report.failed:
-        with Path(f"{seen_file}.failures").open("a") as file:
+        with Path(f"{os.environ['SEEN']}.failures").open("a") as file:
             file.write(f"=== {report.nodeid} ({report.when})\n{report.longreprtext}\n{report.capstderr}\n")
     if report.when not in ("setup", "call"):
-        with seen_file.open("a") as file:
+        with Path(os.environ["SEEN"]).open("a") as file:
             file.write("{}\t{:.2f}\t{}\n".format(*so_far.pop(report.nodeid), report.nodeid))
+
+
+def main(paths: list[str]) -> None:
+    """Print how things stand."""
+    tests = seen(paths)
+    left = {name: seconds for name, (outcome, seconds) in tests.items() if outcome not in OUTCOMES}
+    print(", ".join(f"{number} {outcome}" for outcome, number in Counter(o for o, _ in tests.values()).most_common()))
+    print(f"{sum(left.values()):.0f} s for the {len(left)} that had no turn, by what they took elsewhere")
+    print("\n".join(f"failed: {name}" for name, (outcome, _) in tests.items() if outcome == "failed"))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -137,6 +137,20 @@ def test_early_stopping_and_dropout_agree_over_processes(said, monkeypatch):
     assert all(np.isfinite(np.array(array)).all() for array in weights(said[1] / "drop").values())
 
 
+@pytest.mark.parametrize("shared", [None, "/kernels"])
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_ranks_on_cuda_compile_into_folders_of_their_own(rank, shared, monkeypatch):
+    """MLX writes there in place, and another process may read half a file."""
+    for name, value in {"MLX_RANK": rank, "MLX_WORLD_SIZE": "2", distributed.KERNELS: shared}.items():
+        monkeypatch.setenv(name, value or "")
+    monkeypatch.setattr(distributed, "on_cuda", lambda: True)
+    for _ in range(2):  # a process may train twice
+        with pytest.raises(TrainingError):  # nobody is there
+            distributed.start()
+    own = os.environ[distributed.KERNELS]
+    assert own == (shared or "") if rank == "0" else own.endswith("ptx-1" if shared is None else "/kernels-1")
+
+
 def test_a_ring_of_two_runs_is_noticed_by_all(tmp_path):
     """As two runs of three that were started at once over the same ports are wired now and then."""
     first, places = own_port() + 4, []
@@ -145,7 +159,11 @@ def test_a_ring_of_two_runs_is_noticed_by_all(tmp_path):
         ports = {place % 3: place, (place + 1) % 3: (place + 1) % 6}
         hosts = [[f"127.0.0.1:{first + ports.get(rank, place)}"] for rank in range(3)]
         (tmp_path / f"{place}.json").write_text(json.dumps(hosts))
-        own = {"MLX_RANK": str(place % 3), "MLX_HOSTFILE": str(tmp_path / f"{place}.json"), "PYTHONPATH": str(TESTS.parent)}
+        own = {
+            "MLX_RANK": str(place % 3),
+            "MLX_HOSTFILE": str(tmp_path / f"{place}.json"),
+            "PYTHONPATH": str(TESTS.parent),
+        }
         command = [sys.executable, "-c", code]
         places.append(subprocess.Popen(command, env=os.environ | own, stderr=subprocess.PIPE, text=True))
     said = [process.communicate(timeout=60)[1] for process in places]
