@@ -15,12 +15,10 @@ import logging
 import os
 import secrets
 import socket
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +29,12 @@ from mlx_adapters.errors import AdapterError, IncompatibleError, TrainingError
 from mlx_adapters.models.adapter import Weights
 from mlx_adapters.surgery import calls
 from mlx_adapters.system.door import mx
-from mlx_adapters.system.machine import on_cuda
+from mlx_adapters.system.gpu_kernels import compile_apart
 
 LAUNCHED = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 SIZES = ("MLX_WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 LISTS = ("MLX_HOSTFILE", "MLX_IBV_DEVICES")  # files with an entry for each process
 WAITING = ("NCCL_HOST_IP", "MLX_JACCL_COORDINATOR")  # rank 0's address, where a sum waits for a process that is gone
-KERNELS = "MLX_PTX_CACHE_DIR"  # read once, when the first kernel is compiled
 HERE, SILENCE, REACHED = b".", 10.0, 60.0  # what all say when they meet; seconds in a sum, and to reach rank 0
 KEEP_ALIVE = {"SO_KEEPALIVE": 1, "TCP_KEEPIDLE": 10, "TCP_KEEPALIVE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
 
@@ -165,12 +162,8 @@ class World:
             return arrays
         names = sorted(arrays)
         flat = self.sum(mx.concatenate([arrays[name].astype(mx.float32).reshape(-1) for name in names]))
-        summed, offset = {}, 0
-        for name in names:
-            size = arrays[name].size
-            summed[name] = flat[offset : offset + size].reshape(arrays[name].shape).astype(arrays[name].dtype)
-            offset += size
-        return summed
+        parts = zip(names, mx.split(flat, np.cumsum([arrays[name].size for name in names])[:-1].tolist()), strict=True)
+        return {name: part.reshape(arrays[name].shape).astype(arrays[name].dtype) for name, part in parts}
 
     @contextlib.contextmanager
     def starting(self) -> Iterator[None]:
@@ -210,11 +203,13 @@ class World:
             raise _FailedError(getattr(errors, kind, TrainingError)(message, hint))
         return answers
 
+    def of_each(self, number: int) -> np.ndarray:
+        """The processes' whole numbers (int32), by rank."""
+        return np.array(self.sum(mx.array([number * (rank == self.rank) for rank in range(self.size)])))
+
     def _gather_json(self, value: Any) -> list[Any]:
         data = np.frombuffer(json.dumps(value).encode(), np.uint8)
-        lengths = np.zeros(self.size, np.int32)
-        lengths[self.rank] = len(data)
-        ends = np.cumsum(np.array(self.sum(mx.array(lengths))))
+        ends = np.cumsum(self.of_each(len(data)))
         mine = np.zeros(ends[-1], np.uint8)
         mine[ends[self.rank] - len(data) : ends[self.rank]] = data
         together = bytes(np.array(self.sum(mx.array(mine))))
@@ -258,8 +253,7 @@ class World:
         shared = {}
         for name, (dtype, shape) in layout.items():
             kind = getattr(mx, dtype.removeprefix("mlx.core."))
-            mine = arrays[name] if self.leads and arrays else mx.zeros(shape, kind)
-            shared[name] = self.sum(mine)
+            shared[name] = self.sum(arrays[name] if self.leads and arrays else mx.zeros(shape, kind))
         return shared
 
 
@@ -277,12 +271,12 @@ def _spelled(error: Exception) -> dict[str, Any]:
 def start() -> World:
     """The world that `mlx.launch` (or MPI) made, or this process alone.
 
-    Raises TrainingError if it was started as one of several and cannot reach the others, or reaches those of another run.
+    Raises TrainingError if it was started as one of several and cannot reach the others, or reaches another run's.
     """
     if not any(name in os.environ for name in LAUNCHED):
         return World()
     wanted, why = _launched_size(), ""
-    _compile_apart()
+    compile_apart(next(os.environ[name] for name in LAUNCHED if name in os.environ))
     try:
         group = mx.distributed.init()
     except (RuntimeError, ValueError) as error:
@@ -294,32 +288,21 @@ def start() -> World:
             "use 'mlx.launch' (docs/distributed.md); under mpirun MLX needs the MPI library: MLX_MPI_LIBNAME.",
         )
     world = World(group.rank(), size, group)
-    _require_own(world)
-    return replace(world, peers=_peers(world))
-
-
-def _compile_apart() -> None:
-    """On CUDA each rank but the first gets a folder of its own for what MLX compiles: in one that processes share MLX
-    may read what another is just writing."""
-    rank = next(os.environ[name] for name in LAUNCHED if name in os.environ)
-    if rank != "0" and on_cuda():
-        shared = os.environ.get(KERNELS) or Path(tempfile.gettempdir(), "mlx", version("mlx"), "ptx")
-        os.environ[KERNELS] = f"{shared}".removesuffix(f"-{rank}") + f"-{rank}"  # a process may train twice
+    try:
+        _require_own(world)
+        return replace(world, peers=_peers(world))
+    except LostPeerError:
+        raise _ended_early() from None
 
 
 def _require_own(world: World) -> None:
     """Raise TrainingError where the sums are partly another run's: what this process gives is not in what it gets.
 
     MLX's ring takes whoever calls at its port: two runs over the same ports at once may become one ring of twice the
-    length, which goes round half of it for each sum. Two that only exchange processes differ in what they were asked for.
+    length, which goes round half of it for each sum. (Two that only exchange processes differ in what was asked for.)
     """
-    mine = np.zeros(world.size, np.int32)
-    mine[world.rank] = 1 + secrets.randbits(30)
-    try:
-        together = np.array(world.sum(mx.array(mine)))
-    except LostPeerError:
-        raise _ended_early() from None
-    if together[world.rank] != mine[world.rank]:
+    mine = 1 + secrets.randbits(30)
+    if world.of_each(mine)[world.rank] != mine:
         raise TrainingError(
             "Processes of another run answer at this one's addresses.",
             "start one when the other has ended, or over other ports: mlx.launch --starting-port.",
@@ -340,8 +323,7 @@ def _peers(world: World) -> Peers | None:
             return Peers([connection], False)
         others: list[socket.socket] = []
         key = secrets.token_bytes(16)
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        with socket.create_server((host, 0), family=family) as server:
+        with socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as server:
             server.settimeout(REACHED)
             world.share(lambda: [server.getsockname()[1], key.hex()])
             while len(others) < world.size - 1:
@@ -349,8 +331,6 @@ def _peers(world: World) -> Peers | None:
                 other.settimeout(REACHED)
                 others += [other] if hmac.compare_digest(other.recv(len(key), socket.MSG_WAITALL), key) else []
         return Peers(others, True)
-    except LostPeerError:
-        raise _ended_early() from None
     except OSError as error:
         raise TrainingError(
             f"Rank {world.rank} does not reach the others at '{host}': {error.strerror or error}.",
@@ -363,6 +343,5 @@ def _launched_size() -> int:
     sizes = [int(os.environ[name]) for name in SIZES if os.environ.get(name, "").isdecimal()]
     for name in LISTS:
         with contextlib.suppress(KeyError, OSError, ValueError):
-            listed = json.loads(Path(os.environ[name]).read_text() or "[]")
-            sizes.append(len(listed))
+            sizes.append(len(json.loads(Path(os.environ[name]).read_text() or "[]")))
     return max(sizes, default=1)

@@ -7,10 +7,13 @@ same compiler: two kernels took 0.9 and 0.2 s on an H200, where MLX's way took 1
 
 import ctypes
 import hashlib
+import os
 import re
+import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from importlib.metadata import version
 from typing import Any, Literal
 
 import mlx.core as mx
@@ -18,6 +21,7 @@ import mlx.core as mx
 from mlx_adapters.system.machine import on_cuda
 
 Language = Literal["metal", "cuda"]
+COMPILED = "MLX_PTX_CACHE_DIR"  # where MLX keeps what it compiled
 
 
 def language() -> Language:
@@ -41,6 +45,14 @@ def build(
 def ways() -> list[Callable[..., Any]]:
     """How a kernel may be built here, the best first: who uses one tries whether it computes right."""
     return [build] if language() == "metal" else [build_quickly, build]
+
+
+def compile_apart(rank: str) -> None:
+    """On CUDA give each of several processes but the first a folder of its own for what MLX compiles: in one that they
+    share, MLX may read what another is just writing. To be called before the first kernel is compiled."""
+    if rank != "0" and on_cuda():
+        shared = os.environ.get(COMPILED) or f"{tempfile.gettempdir()}/mlx/{version('mlx')}/ptx"
+        os.environ[COMPILED] = f"{shared.removesuffix(f'-{rank}')}-{rank}"  # also when called again
 
 
 def build_best(

@@ -10,7 +10,6 @@ lets it do so in a quarter of what a step needs, if there is as much, and no fur
 backward pass, or whole blocks, and, if that is not enough, take batches in parts.
 """
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -248,14 +247,13 @@ def _ladder(
     while few > 1:
         few = -(-few // 2)
         plans.append((replace(plans[-1][0], positions=few * each), few))
-    room, least = ROOM * _usable(training), math.inf
+    room, least = ROOM * _usable(training), float("inf")
     for memory, few in plans:
         parts, largest = forecast(base, rows, lora, training, memory)
-        if parts.peak_bytes > least:
-            continue
-        least = parts.peak_bytes
-        rung = Rung(memory.again, few, parts.peak_bytes, SLOWER[memory.again], parts.peak_bytes <= room)
-        yield rung, memory, parts, largest
+        if parts.peak_bytes <= least:
+            least = parts.peak_bytes
+            rung = Rung(memory.again, few, least, SLOWER[memory.again], least <= room)
+            yield rung, memory, parts, largest
 
 
 def _needs_little(base: Base, rows: Sequence[Row], training: TrainConfig) -> bool:
@@ -331,8 +329,7 @@ def _advice(
         option = text.split()[0]
         if option in advice:  # a longer length fits already
             continue
-        cut = [_cut(row, training_.max_seq_length) for row in rows]
-        left = [row for row in cut if row.can_be_trained]
+        left = [row for row in (_cut(row, training_.max_seq_length) for row in rows) if row.can_be_trained]
         if not left:
             continue
         way = memory if training_.memory == training.memory else replace(memory, again="blocks")

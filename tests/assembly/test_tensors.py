@@ -20,7 +20,7 @@ from mlx_adapters.models.loading import load_model
 from mlx_adapters.rounding.packed import Packed, dequantize
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.storage import files
-from mlx_adapters.storage.tensor_names import FUSE_RECIPE_FILE, QUANTIZED_LEAVES
+from mlx_adapters.storage.tensor_names import FUSE_RECIPE_FILE, QUANTIZED_LEAVES, SCALES
 from mlx_adapters.system.machine import on_gpu
 
 FILE = "model.safetensors"
@@ -51,11 +51,9 @@ def require_same(whole: Path, parted: Path) -> None:
     rounded = [name.removesuffix(".scales") for name in one if name.endswith(".scales")]
     assert len(rounded) > 8 and one.keys() == other.keys()
     for path in rounded:
-        packed = [
-            Packed.of({leaf: given.pop(f"{path}.{leaf}") for leaf in QUANTIZED_LEAVES}, own) for given in (one, other)
-        ]
-        first, second = map(dequantize, packed)
-        apart, steps = mx.abs(first - second), mx.repeat(mx.abs(packed[0].scales), own.group_size, axis=-1)
+        leaves = [{leaf: given.pop(f"{path}.{leaf}") for leaf in QUANTIZED_LEAVES} for given in (one, other)]
+        first, second = (dequantize(Packed.of(parts, own)) for parts in leaves)
+        apart, steps = mx.abs(first - second), mx.repeat(mx.abs(leaves[0][SCALES]), own.group_size, axis=-1)
         assert (apart <= 1.01 * steps).all().item(), path  # codes by one at most
         assert (apart > 1e-3 * steps).mean().item() < 1e-3, path  # and few of them
     assert all(mx.array_equal(one[name], other[name]).item() for name in one)

@@ -1,12 +1,13 @@
 """The suite on a machine with GPUs: workers spread over them, the longest tests first, each result kept at once.
 
-    GPUS=4 SEEN=seen.tsv KERNELS=kernels timeout -s INT 500 python -m pytest -p helpers.gpus -n 40 --dist load --maxschedchunk 1
+    export GPUS=4 SEEN=seen.tsv KERNELS=kernels
+    timeout -s INT 500 python -m pytest -p helpers.gpus -n 40 --dist load --maxschedchunk 1
     python tests/helpers/gpus.py seen.tsv
 
 SEEN gets a line for each test that ends: outcome, seconds, id; what fails stands in SEEN.failures. A test that passed
 there before has its turn no more, so that a run that was cut off goes on; one that is new counts as a second long.
 BEFORE (paths, with ":" between them) names what earlier runs gave, the newest last: SEEN itself need not be carried on.
-The second command says how things stand: how many passed, which failed, how long those that are left took before.
+The last command says how things stand: how many passed, which failed, how long those that are left took before.
 
 KERNELS gets what MLX compiles (a second each, and most of a cold run): every worker has a folder of its own, from which
 what is new is handed on after each test, so that none reads what another is just writing. Kept for the next machine

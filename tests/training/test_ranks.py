@@ -15,6 +15,7 @@ from mlx_adapters.config.mapping import to_mapping
 from mlx_adapters.errors import TrainingError
 from mlx_adapters.optimization import distributed
 from mlx_adapters.storage import tensor_files
+from mlx_adapters.system import gpu_kernels
 
 TESTS = Path(__file__).parents[1]
 LORA = LoraConfig(rank=4, scale=2.0, target_modules=("q_proj", "v_proj"))
@@ -141,13 +142,13 @@ def test_early_stopping_and_dropout_agree_over_processes(said, monkeypatch):
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_ranks_on_cuda_compile_into_folders_of_their_own(rank, shared, monkeypatch):
     """MLX writes there in place, and another process may read half a file."""
-    for name, value in {"MLX_RANK": rank, "MLX_WORLD_SIZE": "2", distributed.KERNELS: shared}.items():
+    for name, value in {"MLX_RANK": rank, "MLX_WORLD_SIZE": "2", gpu_kernels.COMPILED: shared}.items():
         monkeypatch.setenv(name, value or "")
-    monkeypatch.setattr(distributed, "on_cuda", lambda: True)
+    monkeypatch.setattr(gpu_kernels, "on_cuda", lambda: True)
     for _ in range(2):  # a process may train twice
         with pytest.raises(TrainingError):  # nobody is there
             distributed.start()
-    own = os.environ[distributed.KERNELS]
+    own = os.environ[gpu_kernels.COMPILED]
     assert own == (shared or "") if rank == "0" else own.endswith("ptx-1" if shared is None else "/kernels-1")
 
 
