@@ -47,15 +47,16 @@ def require_same(whole: Path, parted: Path) -> None:
     assert on_gpu() or (whole / FILE).read_bytes() == (parted / FILE).read_bytes()
     one, other = (dict(mx.load(str(folder / FILE))) for folder in (whole, parted))
     written = files.read_json(whole / "config.json")["quantization"]
-    own = Quantization(written["bits"], written["group_size"])
     rounded = [name.removesuffix(".scales") for name in one if name.endswith(".scales")]
     assert len(rounded) > 8 and one.keys() == other.keys()
     for path in rounded:
+        q = written.get(path, written)  # a router has more bits
+        own = Quantization(q["bits"], q["group_size"])
         leaves = [{leaf: given.pop(f"{path}.{leaf}") for leaf in QUANTIZED_LEAVES} for given in (one, other)]
         first, second = (dequantize(Packed.of(parts, own)) for parts in leaves)
         apart, steps = mx.abs(first - second), mx.repeat(mx.abs(leaves[0][SCALES]), own.group_size, axis=-1)
         assert (apart <= 1.01 * steps).all().item(), path  # codes by one at most
-        assert (apart > 1e-3 * steps).mean().item() < 1e-3, path  # and few of them
+        assert (apart > 1e-3 * steps).sum().item() <= 2 + apart.size / 1000, path  # and few of them
     assert all(mx.array_equal(one[name], other[name]).item() for name in one)
 
 
