@@ -90,6 +90,65 @@ def test_a_type_without_a_word_in_c_is_left_to_mlx(given):
         call(kernel, mx.zeros((2,), mx.complex64), mx.zeros((4,), mx.uint32))
 
 
+class Compiler:
+    """NVRTC, which makes of a text its beginning and how many were compiled before."""
+
+    def __init__(self) -> None:
+        self.version, self.texts = (13, 0), []
+
+    def nvrtcVersion(self, major, minor) -> None:
+        major._obj.value, minor._obj.value = self.version
+
+    def nvrtcCreateProgram(self, program, text, *_) -> int:
+        self.texts.append(text.decode())
+        return 0
+
+    def nvrtcCompileProgram(self, program, count, options) -> int:
+        return 1 if "wrong" in self.texts[-1] else 0
+
+    def nvrtcGetCUBINSize(self, program, size) -> int:
+        size._obj.value = 2
+        return 0
+
+    def nvrtcGetCUBIN(self, program, binary) -> int:
+        binary.raw = b"%c%d" % (self.texts[-1][:1].encode(), len(self.texts))
+        return 0
+
+    def nvrtcGetProgramLogSize(self, *_) -> int:
+        return 0
+
+    nvrtcGetProgramLog = nvrtcDestroyProgram = nvrtcGetProgramLogSize
+
+
+def test_what_was_compiled_is_kept_for_the_same_text_chip_and_compiler(home, monkeypatch):
+    chip = {"compute_capability_major": 9, "compute_capability_minor": 0}
+    monkeypatch.setattr(mx, "device_info", lambda: chip)
+    compiler = Compiler()
+
+    def code(body: str) -> tuple[str, bytes]:
+        return gpu_kernels._machine_code(compiler, "add", body)
+
+    first = code("a @NAME@")
+    assert first[1] == b"a1" and compiler.texts == [f"a {first[0]}"]
+    assert code("a @NAME@") == first and len(compiler.texts) == 1
+    assert code("b @NAME@")[1] == b"b2" and code("b @NAME@")[1] == b"b2"
+    chip["compute_capability_major"] = 10
+    assert code("a @NAME@") == (first[0], b"a3")
+    compiler.version = (13, 1)
+    assert code("a @NAME@") == (first[0], b"a4")
+    with pytest.raises(RuntimeError, match="nvrtcCompileProgram failed for the kernel 'add'"):
+        code("wrong @NAME@")
+    assert len(list((home / "kernels").iterdir())) == 4
+
+
+def test_a_kernel_that_cannot_be_kept_is_compiled_again(home, monkeypatch):
+    monkeypatch.setattr(mx, "device_info", lambda: {"compute_capability_major": 9, "compute_capability_minor": 0})
+    home.mkdir(parents=True, exist_ok=True)
+    (home / "kernels").write_text("in the way")
+    compiler = Compiler()
+    assert [gpu_kernels._machine_code(compiler, "add", "a @NAME@")[1] for _ in range(2)] == [b"a1", b"a2"]
+
+
 def test_metal_has_one_way(monkeypatch):
     monkeypatch.setattr(gpu_kernels, "language", lambda: "metal")
     assert gpu_kernels.ways() == [gpu_kernels.build]
