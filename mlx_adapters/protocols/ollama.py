@@ -1,6 +1,7 @@
-"""Ollama's /api/chat and /api/generate, and what its paths tell of models, for clients that speak nothing else."""
+"""Ollama's /api/chat, /api/generate and /api/embed, and what its paths tell of models."""
 
 import json
+import math
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -65,6 +66,23 @@ def read_ollama(fields: Fields, chat: bool, vocabulary: int) -> tuple[Asked, Con
     first = [{"role": "system", "content": system}] if system else []
     messages = read_messages([*first, {"role": "user", "content": fields.take("prompt", str)}], "prompt")
     return asked, Conversation(messages, [], "none", False, arguments)
+
+
+def read_embed(fields: Fields) -> int | None:
+    """How many numbers of each vector are wanted; a text that is too long is never cut. Raises ApiError 400."""
+    options = fields.part(fields.take("options", dict, {}), "options")
+    for name in (*OF_THE_MACHINE, *SPELLED, "temperature", "seed"):
+        options.value(name)
+    options.refuse_rest()
+    fields.value("keep_alive")
+    fields.take("truncate", bool)
+    return fields.take("dimensions", int, None, 1)
+
+
+def of_length_one(vector: Sequence[float]) -> list[float]:
+    """The vector as /api/embed tells it, of length 1; OpenAI's path tells the mean itself."""
+    length = math.hypot(*vector) or 1.0
+    return [number / length for number in vector]
 
 
 def _named(messages: Any) -> Any:

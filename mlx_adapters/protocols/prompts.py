@@ -121,6 +121,12 @@ def prepared(
     return prompt, lambda: AnswerReader(tokenizer, reads, talk.tools, marks, thinks), grammar
 
 
+def plain_grammar(asked: Asked) -> Grammar | None:
+    """What may be written where there is no conversation."""
+    form = asked.format
+    return None if form is None else Grammar(answer_grammar(json_rule(form.schema, form.strict)))
+
+
 def _grammar(
     tokenizer: Any,
     asked: Asked,

@@ -2,32 +2,37 @@
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from urllib.parse import quote
 
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.types import Receive
 
 from mlx_adapters.answers.constraints import Constraint, Grammar, Grammars
-from mlx_adapters.answers.reading import Answer, AnswerReader, Part, ToolCall
-from mlx_adapters.answers.schemas import answer_grammar, json_rule
+from mlx_adapters.answers.reading import Answer, AnswerReader
 from mlx_adapters.errors import ModelError
-from mlx_adapters.generation.requests import Token
 from mlx_adapters.models.model import Model
-from mlx_adapters.protocols.chat import CompletionWriter, Writer, embeddings_body, usage
+from mlx_adapters.protocols.chat import CompletionWriter, Writer, embeddings_body
 from mlx_adapters.protocols.conversation import Conversation, read_conversation
 from mlx_adapters.protocols.errors import ApiError, told_as
 from mlx_adapters.protocols.fields import Fields, read_json
-from mlx_adapters.protocols.ollama import GenerateWriter, OllamaWriter, ollama_name, read_ollama
+from mlx_adapters.protocols.ollama import (
+    GenerateWriter,
+    OllamaWriter,
+    of_length_one,
+    ollama_name,
+    read_embed,
+    read_ollama,
+)
 from mlx_adapters.protocols.options import Asked, read_options, read_prompts
-from mlx_adapters.protocols.prompts import Prepared, Tokenizing, check_fits, prepared
+from mlx_adapters.protocols.prompts import Prepared, Tokenizing, check_fits, plain_grammar, prepared
 from mlx_adapters.protocols.responses import ResponseWriter, read_response
 from mlx_adapters.serving.engine import Engine
-from mlx_adapters.serving.jobs import Job, Piece
+from mlx_adapters.serving.jobs import Job, Reply
 from mlx_adapters.serving.transport import EventStream, left, read_body
 
 DEFAULT_MAX_TOKENS = 512
@@ -65,12 +70,9 @@ class Answering:
         fields.refuse_rest()
         model = self.engine.catalog.resolve(asked.model, asked.user)
         prompts = [await self.plain_tokens(prompt) for prompt in given]
-        grammar = None
-        if asked.format is not None:
-            grammar = Grammar(answer_grammar(json_rule(asked.format.schema, asked.format.strict)))
         texts = [p if isinstance(p, str) else self.tokenizer.decode(p) for p in given] if asked.echo else []
         writer = CompletionWriter(asked, model, self.fingerprint, self._token_text, texts)
-        return await self.answer(request, fields, asked, model, prompts, writer, lambda: None, grammar)
+        return await self.answer(request, fields, asked, model, prompts, writer, lambda: None, plain_grammar(asked))
 
     async def response(self, request: Request) -> Response:
         """POST /v1/responses."""
@@ -101,9 +103,14 @@ class Answering:
         if fields.value(writer.asks_in) in (None, "", []):  # so clients ask for the model to be in memory
             name = self.engine.catalog.resolve(ollama_name(fields), None)
             return JSONResponse(writer.loaded(name))
+        raw = not writer.chat and fields.take("raw", bool, False)
         asked, talk = read_ollama(fields, writer.chat, self.model.vocabulary)
         fields.refuse_rest()
-        return await self.converse(request, fields, asked, talk, writer)
+        if not raw:
+            return await self.converse(request, fields, asked, talk, writer)
+        model, prompt = self.engine.catalog.resolve(asked.model, None), talk.messages[-1]["content"]
+        made, tokens = writer(asked, model, self.fingerprint, self._token_text), await self.plain_tokens(prompt)
+        return await self.answer(request, fields, asked, model, [tokens], made, lambda: None, plain_grammar(asked))
 
     async def embeddings(self, request: Request) -> Response:
         """POST /v1/embeddings: the mean of the last hidden state of each text."""
@@ -114,8 +121,30 @@ class Answering:
         user, width = fields.take("user", str), fields.take("dimensions", int, None, 1)
         fields.refuse_rest()
         model = self.engine.catalog.resolve(name, user)
-        prompts = [await self.plain_tokens(prompt, "input") for prompt in given]
-        with told_as("input"):
+        vectors, tokens = await self._embedded(model, given, width, "input")
+        return JSONResponse(embeddings_body(vectors, model, tokens, packed))
+
+    async def ollama_embed(self, request: Request) -> Response:
+        """POST /api/embed, and /api/embeddings, what it was before: of one text."""
+        fields, began = await self.fields(request), time.monotonic_ns()
+        name, alone = ollama_name(fields), request.url.path.endswith("/embeddings")
+        where = "prompt" if alone else "input"
+        given = read_prompts(fields.value(where), self.model.vocabulary, where)
+        width = read_embed(fields)
+        fields.refuse_rest()
+        model = self.engine.catalog.resolve(name, None)
+        vectors, tokens = await self._embedded(model, given, width, where)
+        if alone:
+            return JSONResponse({"embedding": vectors[0]})
+        told = {"total_duration": time.monotonic_ns() - began, "load_duration": 0, "prompt_eval_count": tokens}
+        return JSONResponse({"model": model, "embeddings": list(map(of_length_one, vectors)), **told})
+
+    async def _embedded(
+        self, model: str, given: Sequence[str | list[int]], width: int | None, where: str
+    ) -> tuple[list[list[float]], int]:
+        """A vector for each text, and how many tokens were read."""
+        prompts = [await self.plain_tokens(prompt, where) for prompt in given]
+        with told_as(where):
             for prompt in prompts:
                 self.model.checked_ids(prompt)
                 self.model.room(len(prompt), 1)
@@ -123,7 +152,7 @@ class Answering:
         if width is not None and width != (own := len(vectors[0])):
             why = f"A vector has {own} numbers here, of which none can be left out."
             raise ApiError(400, why, param="dimensions")
-        return JSONResponse(embeddings_body(vectors, model, sum(map(len, prompts)), packed))
+        return vectors, sum(map(len, prompts))
 
     async def plain_tokens(self, prompt: str | list[int], where: str = "prompt") -> list[int]:
         """The tokens of a text that goes through no template. Raises ApiError 400 beyond the context."""
@@ -184,7 +213,7 @@ class Answering:
             cancel = partial(self.engine.cancel, *jobs)
             return EventStream(reply.chunks(), cancel, headers, writer)
         try:
-            return JSONResponse(await reply.whole(request.receive), headers=headers)
+            return JSONResponse(await reply.whole(left(request.receive)), headers=headers)
         finally:
             self.engine.cancel(*jobs)
 
@@ -237,77 +266,3 @@ class Answering:
         if (wanted or 0) > self.settings.max_tokens:
             raise ApiError(400, f"max_tokens may be at most {self.settings.max_tokens} here.", param="max_tokens")
         return room
-
-
-@dataclass(frozen=True)
-class Reply:
-    """The answers to one request while they are written, in the words of `writer`. `told`: for the access log."""
-
-    asked: Asked
-    prompts: Sequence[list[int]]
-    jobs: list[Job]
-    answers: list[Answer]
-    writer: Writer
-    told: dict[str, Any]
-
-    async def whole(self, receive: Receive) -> dict[str, Any]:
-        """Wait for the answers. Raises ApiError, or ClientDisconnect when the client has gone away."""
-        gone = asyncio.ensure_future(left(receive))
-        try:
-            while self._unfinished:
-                event = asyncio.ensure_future(self.jobs[0].events.get())
-                await asyncio.wait([event, gone], return_when=asyncio.FIRST_COMPLETED)
-                if not event.done():
-                    event.cancel()
-                    raise ClientDisconnect
-                self._take(*event.result())
-            return self.writer.whole(self.answers, self._usage)
-        finally:
-            gone.cancel()
-
-    async def chunks(self) -> AsyncIterator[list[dict[str, Any] | ApiError]]:
-        """The chunks of a stream, those together that are there together."""
-        ready: list[dict[str, Any] | ApiError] = list(self.writer.begin(len(self.answers)))
-        events = self.jobs[0].events
-        while self._unfinished:
-            if ready and events.empty():
-                yield ready
-                ready = []
-            try:
-                index, parts, tokens = self._take(*await events.get())
-            except ApiError as error:
-                yield [*ready, error]
-                return
-            ready += self.writer.piece(index, parts, tokens, self.answers[index])
-        yield [*ready, *self.writer.end(self.answers, self._usage)]
-
-    @property
-    def _unfinished(self) -> bool:
-        return any(answer.finish_reason is None for answer in self.answers)
-
-    def _take(self, job: Job, event: Piece | ApiError) -> tuple[int, list[Part | ToolCall], Sequence[Token]]:
-        """Put a piece into its answer: which one that is, its new parts and tokens."""
-        if isinstance(event, ApiError):
-            raise event
-        self.writer.note_piece()
-        text, tokens, made, reason = event.text, event.tokens, event.completion_tokens, event.finish_reason
-        if self.asked.max_tokens == 0:  # the prompt's log-probabilities alone were asked for
-            text, tokens, made = "", tuple(token for token in tokens if token.of_prompt), 0
-            reason = reason and "length"
-        index = self.jobs.index(job)
-        answer = self.answers[index]
-        self.told["completion_tokens"] += answer.count(made)
-        answer.tokens += tokens
-        return index, answer.add(text, reason), tokens
-
-    @property
-    def _usage(self) -> dict[str, Any]:
-        """The record of all answers; each prompt counts once, however many answers it got."""
-        firsts = self.jobs[:: len(self.jobs) // len(self.prompts)]
-        return usage(
-            sum(map(len, self.prompts)),
-            sum(answer.completion_tokens for answer in self.answers),
-            sum(job.cached_tokens for job in firsts),
-            sum(answer.reasoning_tokens for answer in self.answers),
-            *(sum(counts) for counts in zip(*(job.guessed for job in self.jobs), strict=True)),
-        )

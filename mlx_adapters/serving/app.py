@@ -78,6 +78,8 @@ class Server:
             Route("/v1/embeddings", self.guarded(self.answering.embeddings), methods=["POST"]),
             Route("/api/chat", self.guarded(self.answering.ollama_chat), methods=["POST"]),
             Route("/api/generate", self.guarded(self.answering.ollama_generate), methods=["POST"]),
+            Route("/api/embed", self.guarded(self.answering.ollama_embed), methods=["POST"]),
+            Route("/api/embeddings", self.guarded(self.answering.ollama_embed), methods=["POST"]),
             Route("/api/tags", self.guarded(self.ollama_tags)),
             Route("/api/ps", self.guarded(self.ollama_ps)),
             Route("/api/show", self.guarded(self.ollama_show), methods=["POST"]),

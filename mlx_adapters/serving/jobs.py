@@ -1,4 +1,5 @@
-"""What passes between the web side and the engine: jobs and commands in, pieces of answers or an error out; the log."""
+"""What passes between the web side and the engine: jobs and commands in, pieces of answers or an error out, and what
+becomes of them; the log."""
 
 import asyncio
 import contextlib
@@ -6,16 +7,21 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 from typing import Any
 
+from starlette.requests import ClientDisconnect
+
+from mlx_adapters.answers.reading import Answer, Part, ToolCall
 from mlx_adapters.config.sampling import Sampling
 from mlx_adapters.generation.decoding import TextStream
 from mlx_adapters.generation.requests import Constraint, Request, Token
 from mlx_adapters.generation.sampling import Sampler, stop_tokens
+from mlx_adapters.protocols.chat import Writer, usage
 from mlx_adapters.protocols.errors import ApiError
+from mlx_adapters.protocols.options import Asked
 from mlx_adapters.runtime.attached import Attached
 from mlx_adapters.serving.metrics import Metrics
 from mlx_adapters.system.door import TokenizerWrapper
@@ -233,3 +239,77 @@ class OncePerSecond(logging.Filter):
         if left_out:
             record.msg = f"{record.msg} (and {left_out} times since)"
         return True
+
+
+@dataclass(frozen=True)
+class Reply:
+    """The answers to one request while they are written, in the words of `writer`. `told`: for the access log."""
+
+    asked: Asked
+    prompts: Sequence[list[int]]
+    jobs: list[Job]
+    answers: list[Answer]
+    writer: Writer
+    told: dict[str, Any]
+
+    async def whole(self, left: Coroutine[Any, Any, None]) -> dict[str, Any]:
+        """Wait for the answers. Raises ApiError, or ClientDisconnect when `left` ends: the client has gone away."""
+        gone = asyncio.ensure_future(left)
+        try:
+            while self._unfinished:
+                event = asyncio.ensure_future(self.jobs[0].events.get())
+                await asyncio.wait([event, gone], return_when=asyncio.FIRST_COMPLETED)
+                if not event.done():
+                    event.cancel()
+                    raise ClientDisconnect
+                self._take(*event.result())
+            return self.writer.whole(self.answers, self._usage)
+        finally:
+            gone.cancel()
+
+    async def chunks(self) -> AsyncIterator[list[dict[str, Any] | ApiError]]:
+        """The chunks of a stream, those together that are there together."""
+        ready: list[dict[str, Any] | ApiError] = list(self.writer.begin(len(self.answers)))
+        events = self.jobs[0].events
+        while self._unfinished:
+            if ready and events.empty():
+                yield ready
+                ready = []
+            try:
+                index, parts, tokens = self._take(*await events.get())
+            except ApiError as error:
+                yield [*ready, error]
+                return
+            ready += self.writer.piece(index, parts, tokens, self.answers[index])
+        yield [*ready, *self.writer.end(self.answers, self._usage)]
+
+    @property
+    def _unfinished(self) -> bool:
+        return any(answer.finish_reason is None for answer in self.answers)
+
+    def _take(self, job: Job, event: Piece | ApiError) -> tuple[int, list[Part | ToolCall], Sequence[Token]]:
+        """Put a piece into its answer: which one that is, its new parts and tokens."""
+        if isinstance(event, ApiError):
+            raise event
+        self.writer.note_piece()
+        text, tokens, made, reason = event.text, event.tokens, event.completion_tokens, event.finish_reason
+        if self.asked.max_tokens == 0:  # the prompt's log-probabilities alone were asked for
+            text, tokens, made = "", tuple(token for token in tokens if token.of_prompt), 0
+            reason = reason and "length"
+        index = self.jobs.index(job)
+        answer = self.answers[index]
+        self.told["completion_tokens"] += answer.count(made)
+        answer.tokens += tokens
+        return index, answer.add(text, reason), tokens
+
+    @property
+    def _usage(self) -> dict[str, Any]:
+        """The record of all answers; each prompt counts once, however many answers it got."""
+        firsts = self.jobs[:: len(self.jobs) // len(self.prompts)]
+        return usage(
+            sum(map(len, self.prompts)),
+            sum(answer.completion_tokens for answer in self.answers),
+            sum(job.cached_tokens for job in firsts),
+            sum(answer.reasoning_tokens for answer in self.answers),
+            *(sum(counts) for counts in zip(*(job.guessed for job in self.jobs), strict=True)),
+        )

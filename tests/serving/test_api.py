@@ -257,6 +257,36 @@ def test_ollamas_paths(server, client):
     assert [m["name"] for m in httpx.get(address + "/api/tags").json()["models"]][:2] == ["base", "a"]
 
 
+def test_ollama_takes_a_prompt_as_it_is_and_a_schema_with_it(server, client):
+    options, asked = {"temperature": 0, "num_predict": 8}, {"model": "a", "temperature": 0, "max_tokens": 8}
+    wanted = client.completions.create(**asked, prompt="Who is").choices[0].text
+    body = {"model": "a", "prompt": "Who is", "raw": True, "options": options}
+    lines = httpx.post(server[0] + "/api/generate", json=body).text.splitlines()
+    assert "".join(json.loads(line)["response"] for line in lines) == wanted
+    formed = body | {"format": PERSON, "options": {**options, "num_predict": 200}, "stream": False}
+    answer = json.loads(httpx.post(server[0] + "/api/generate", json=formed).json()["response"])
+    assert set(answer) == {"name", "old"}
+    assert (
+        httpx.post(
+            server[0] + "/api/chat", json={"model": "a", "messages": [{"role": "user", "content": "Hi"}], "raw": True}
+        ).status_code
+        == 400
+    )
+
+
+def test_ollamas_embeddings_are_of_length_one_and_of_one_text_the_mean_itself(server, client):
+    texts = ["Who?", "What is it?"]
+    means = np.array([one.embedding for one in client.embeddings.create(model="a", input=texts).data])
+    embed = lambda path="", **body: httpx.post(f"{server[0]}/api/embed{path}", json={"model": "a:latest", **body})  # noqa: E731
+    told = embed(input=texts, truncate=True, keep_alive="5m", options={"num_ctx": 2048}).json()
+    assert np.allclose(told["embeddings"], means / np.linalg.norm(means, axis=1, keepdims=True), atol=1e-5)
+    assert told["model"] == "a" and told["prompt_eval_count"] > 2 and told["total_duration"] > 0
+    assert np.allclose(embed("dings", prompt=texts[1]).json()["embedding"], means[1], atol=1e-5)
+    assert "dimensions" in embed(input="Who?", dimensions=16).text
+    for wrong in ({}, {"input": ""}, {"input": 3}, {"input": "Who?", "mirostat": 1}, {"input": "a " * 100_000}):
+        assert embed(**wrong).status_code == 400 and embed(**wrong).json()["error"]
+
+
 def test_ollamas_show_tells_what_a_model_is(server):
     show = lambda **body: httpx.post(server[0] + "/api/show", json=body)  # noqa: E731
     base, adapter = show(model="base").json(), show(model="a:latest", verbose=True).json()
