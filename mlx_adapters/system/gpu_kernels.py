@@ -51,12 +51,16 @@ def ways() -> list[Callable[..., Any]]:
     return [build] if language() == "metal" else [build_quickly, build]
 
 
+def compiled_folder() -> str:
+    """Where MLX keeps what it compiled on CUDA, for all processes that are not given another folder."""
+    return os.environ.get(COMPILED) or f"{tempfile.gettempdir()}/mlx/{version('mlx')}/ptx"
+
+
 def compile_apart(rank: str) -> None:
     """On CUDA give each of several processes but the first a folder of its own for what MLX compiles: in one that they
     share, MLX may read what another is just writing. To be called before the first kernel is compiled."""
     if rank != "0" and on_cuda():
-        shared = os.environ.get(COMPILED) or f"{tempfile.gettempdir()}/mlx/{version('mlx')}/ptx"
-        os.environ[COMPILED] = f"{shared.removesuffix(f'-{rank}')}-{rank}"  # also when called again
+        os.environ[COMPILED] = f"{compiled_folder().removesuffix(f'-{rank}')}-{rank}"  # also when called again
 
 
 def build_best(

@@ -46,6 +46,7 @@ from mlx_adapters.starts.factors import start_from_principal
 from mlx_adapters.starts.ranks import module_ranks, stored_rank
 from mlx_adapters.storage.tensor_names import LORA_A, MAGNITUDE, split
 from mlx_adapters.system.door import mx, nn
+from mlx_adapters.system.gpu_kernels import compiled_folder
 from mlx_adapters.system.machine import on_gpu
 from mlx_adapters.units import count, number
 
@@ -316,7 +317,10 @@ def cannot_train(why: str) -> ModelError:
     if "vjp" in why.lower():  # a kernel without gradient, indices that MLX would have to differentiate
         return ModelError(f"mlx-lm's code for this model cannot be trained: it has no gradient on this device ({why}).")
     if "failed to load compiled" in why.lower():  # MLX's cache on CUDA: written in place
-        return ModelError(f"MLX read a kernel that another process was just writing ({why}).", "run it again.")
+        return ModelError(
+            f"MLX read a kernel that another process was just writing ({why}).",
+            f"run it again; if it ends so each time, that process was killed meanwhile: remove '{compiled_folder()}'.",
+        )
     return ModelError(
         f"mlx-lm's code for this model cannot be trained so: {why}.",
         "choose other --target-modules, such as q_proj,v_proj.",

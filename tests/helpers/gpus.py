@@ -30,10 +30,11 @@ worker = os.environ.get("PYTEST_XDIST_WORKER")
 if worker and "GPUS" in os.environ:  # read once by CUDA
     os.environ["CUDA_VISIBLE_DEVICES"] = str(int(worker.removeprefix("gw")) % int(os.environ["GPUS"]))
 shared = Path(os.environ["KERNELS"]).absolute() if "KERNELS" in os.environ else None
-own = shared and shared / f".{worker}"
-if own and worker:  # read once by MLX
-    own.mkdir(parents=True, exist_ok=True)
-    os.environ["MLX_PTX_CACHE_DIR"] = str(own)
+own = [shared / f".{worker}{rank}" for rank in ("", "-1")] if shared and worker else []  # as of a training's ranks
+for folder in own:
+    folder.mkdir(parents=True, exist_ok=True)
+if own:  # read once by MLX
+    os.environ["MLX_PTX_CACHE_DIR"] = str(own[0])
 OUTCOMES = ("passed", "skipped", "failed")  # of its parts the last here is the test's
 so_far: dict[str, tuple[str, float]] = {}  # id: outcome and seconds of its parts that have ended
 
@@ -44,25 +45,29 @@ def seen(paths: Iterable[str | Path]) -> dict[str, tuple[str, float]]:
     return {name: (outcome, float(seconds)) for outcome, seconds, name in (line.split("\t") for line in lines)}
 
 
-def hand_on(one: Path, other: Path) -> None:
-    """Link into `other` the kernels that only `one` has. MLX looks for the .ptx, and then reads the .txt beside it."""
-    for ending in (".txt", ".ptx"):
-        there = {path.name for path in other.glob(f"*{ending}")}
-        for path in (path for path in one.glob(f"*{ending}") if path.name not in there):
+def hand_on(one: Path, other: Path, whole: str) -> None:
+    """Link into `other` the kernels that only `one` has: .txt and .ptx, for which MLX looks first. `whole`: the ending
+    of what was written last of each."""
+    there = {path.name for path in other.iterdir()}
+    for path in (path for path in one.glob(f"*{whole}") if path.with_suffix(".ptx").name not in there):
+        for ending in (".txt", ".ptx"):
             with contextlib.suppress(FileExistsError):  # another worker was sooner
-                os.link(path, other / path.name)
+                os.link(path.with_suffix(ending), other / path.with_suffix(ending).name)
 
 
 def pytest_runtest_logstart() -> None:
     """What others have compiled."""
-    if own and worker:
-        hand_on(shared, own)
+    for folder in own:
+        hand_on(shared, folder, ".ptx")
 
 
 def pytest_runtest_logfinish() -> None:
-    """What was compiled here; nothing of the test is writing any more."""
-    if own and worker:
-        hand_on(own, shared)
+    """What was compiled here; nothing of the test is writing any more. What a killed process wrote half goes."""
+    for folder in own:
+        hand_on(folder, shared, ".cu")
+        for path in folder.glob("*.ptx"):
+            if not (shared / path.name).exists():
+                path.unlink()
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
