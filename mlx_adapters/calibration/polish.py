@@ -176,15 +176,16 @@ def polish(
     before = least = student.judged(moves)
     tokens = sum(lesson.batch.judged.size for lesson in student.lessons) / len(student.lessons)  # of a typical batch
     slope = mx.grad(lambda moves, lesson: student.kl(moves, lesson) / max(tokens, 1))
-    schedule = optimizers.cosine_decay(rate, passes * len(student.lessons))
+    steps = passes * len(student.lessons)
+    schedule = optimizers.cosine_decay(rate, steps)
     adam = optimizers.Adam(schedule, betas=list(MOMENTA), bias_correction=True)
     for number in range(passes):
-        for lesson in student.lessons:
+        for step, lesson in enumerate(student.lessons, 1 + number * len(student.lessons)):
             moves = adam.apply_gradients({"moves": slope(moves, lesson)}, {"moves": moves})["moves"]
             mx.eval(moves, adam.state)
+            on_event(Progress("calibrate: polish", step, steps, "batch"))
         if (kl := student.judged(moves)) < least:  # (NaN is not)
             least, best = kl, moves
-        on_event(Progress("calibrate: polish", number + 1, passes, "pass"))
     return student.grids.repacked(best), before, least
 
 
