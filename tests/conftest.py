@@ -8,6 +8,7 @@ os.environ["MLX_ENABLE_TF32"] = "0"  # on a GPU: float32 products with 24 bits, 
 if os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1") != "1":
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+import fcntl
 import hashlib
 import signal
 import socket
@@ -42,6 +43,10 @@ hypothesis.settings.load_profile("search" if os.environ.get("MLX_ADAPTERS_SEARCH
 for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):  # ignored under nohup and in a shell's background
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+# Nothing waits for the disk: a killed process loses nothing that it wrote, and nobody pulls the plug of a test.
+os.fsync = lambda descriptor: None
+vars(fcntl).pop("F_FULLFSYNC", None)
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost", "0.0.0.0", "::", "", None)
 

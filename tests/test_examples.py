@@ -31,6 +31,7 @@ ELSEWHERE = {  # what needs more than a command line, and the test that runs it
     "fuse --from-peft": "test_peft_fuse",
     "eval": "test_evaluation: --tasks needs the extra",
     "advise": "test_advice",
+    "env --check": "demo/test_selftest: in these very words",
 }
 
 

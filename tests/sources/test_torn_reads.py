@@ -39,7 +39,9 @@ def listed():
 
 def described():
     details = inspecting.describe("sql")
-    return details.rank, details.scale, details.layers, *recorded(details.metadata)
+    losses = [(c.iteration, c.validation_loss) for c in details.checkpoints]
+    assert not losses or losses == [(i, x) for i, x in details.metadata["validation_losses"]]
+    return details.rank, details.scale, details.layers, losses, *recorded(details.metadata)
 
 
 def packed(tmp_path):
@@ -80,13 +82,27 @@ def changes_of(how, base):
     if how == "use":
         make_run(base, "sql")
         return [lambda: keeping.use("sql@100"), lambda: keeping.use("sql@200")]
+    if how == "killed":  # a use that never came to its record
+        folder = make_run(base, "sql")
+        chosen = [folder / f"{iteration:07d}_adapters.safetensors" for iteration in (100, 300)]
+        return [lambda path=path: files.copy_file(path, folder / "adapters.safetensors") for path in chosen]
+    if how == "record":  # as a run writes it that goes on
+        record = make_run(base, "sql") / "adapter_metadata.json"
+        known = [[[i, loss + add] for i, loss in files.read_json(record)["validation_losses"]] for add in (0, 1)]
+        versions = [files.read_json(record) | {"validation_losses": losses} for losses in known]
+        return [lambda v=v: files.write_json(record, v) for v in versions]
     versions = [make_adapter(base, seed=seed, rank=seed, factor=seed) for seed in (1, 2)]
     versions = [replace(v, metadata=v.metadata | {"tags": [f"t{i}"]}) for i, v in enumerate(versions)]
     return [lambda v=v: registry.register(v, "sql", overwrite=True) for v in versions]
 
 
-@pytest.mark.parametrize("how", ["overwrite", "use"])
-@pytest.mark.parametrize("read", [loaded, listed, described, packed])
+READS = (loaded, listed, described, packed)
+
+
+ALL = [(read, how) for read in READS for how in ("overwrite", "use")]
+
+
+@pytest.mark.parametrize("read, how", [*ALL, (described, "record"), (loaded, "killed"), (described, "killed")])
 def test_a_change_in_the_middle_of_a_reading(how, read, tiny_model, tmp_path):
     reading = read if read is not packed else lambda: packed(tmp_path)
     changes, allowed = changes_of(how, tiny_model("llama")), []
