@@ -11,6 +11,7 @@ from helpers.public import DOCUMENT, LEAVES, WITHOUT_JSON, command_of, documente
 from mlx_adapters.benchmarking import run as benchmarking
 from mlx_adapters.benchmarking import worker
 from mlx_adapters.cli import _output, cli
+from mlx_adapters.demo import products
 from mlx_adapters.demo.catalog import write_demo_data
 from mlx_adapters.evaluation.variants import Variant
 from mlx_adapters.sources import registry
@@ -75,6 +76,7 @@ def place(tiny_model, base, hub, tmp_path, monkeypatch):
         return worker.run_job(variant, config, own) | {"process_seconds": 1.0}
 
     monkeypatch.setattr(benchmarking, "run_worker", run_here)
+    monkeypatch.setattr(products, "PRECISIONS", products.PRECISIONS[:1])  # of `env --check`: seconds for each
     return tmp_path
 
 

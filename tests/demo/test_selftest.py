@@ -34,7 +34,13 @@ def test_the_block_says_what_was_checked_and_leaves_nothing(home):
     assert [path.name for path in home.rglob("*") if path.is_file() and path.suffix != ".lock"] == []
 
 
-def test_one_document_and_status_1_when_a_check_fails_or_raises(monkeypatch):
+@pytest.fixture
+def one_precision(monkeypatch):
+    """A CPU takes seconds for the products of each; all are tried where the block is looked at."""
+    monkeypatch.setattr(products, "PRECISIONS", products.PRECISIONS[:1])
+
+
+def test_one_document_and_status_1_when_a_check_fails_or_raises(monkeypatch, one_precision):
     monkeypatch.setattr(Numbers, "generation", lambda self: arithmetic.Outcome(False, "off"))
     monkeypatch.setattr(Numbers, "fused_bits", lambda self: 1 / 0)
     monkeypatch.setattr(surroundings, "home_locks", lambda: (Path.home() / "none").read_text())
@@ -96,7 +102,7 @@ def halved(adapter):
     return adapter.with_weights({name: 0.5 * w for name, w in adapter.weights.items()})
 
 
-def test_a_wrong_product_of_a_quantized_layer_is_noticed(monkeypatch):
+def test_a_wrong_product_of_a_quantized_layer_is_noticed(monkeypatch, one_precision):
     true = mx.quantized_matmul
 
     def wrong(x, *arguments, **options):
