@@ -39,9 +39,9 @@ def listed():
 
 def described():
     details = inspecting.describe("sql")
-    losses = [(c.iteration, c.validation_loss) for c in details.checkpoints]
-    assert not losses or losses == [(i, x) for i, x in details.metadata["validation_losses"]]
-    return details.rank, details.scale, details.layers, losses, *recorded(details.metadata)
+    saved = [(c.iteration, c.validation_loss, c.in_use) for c in details.checkpoints]
+    losses = json.dumps(details.metadata.get("validation_losses"))
+    return details.rank, details.scale, details.layers, saved, losses, *recorded(details.metadata)
 
 
 def packed(tmp_path):
