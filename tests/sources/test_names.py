@@ -368,6 +368,15 @@ def test_no_reader_sees_the_new_weights_with_the_old_record(base, home, monkeypa
     assert registry.read_entry(folder).iteration == 300
 
 
+def test_a_change_after_a_killed_use_does_not_wait_for_itself(base):
+    folder, removed = make_run(base, "x"), []
+    files.copy_file(folder / "0000300_adapters.safetensors", folder / "adapters.safetensors")
+    thread = threading.Thread(target=lambda: removed.append(keeping.prune("x").iterations), daemon=True)
+    thread.start()
+    thread.join(30)
+    assert removed == [(100,)]
+
+
 @pytest.mark.parametrize("change", [lambda: keeping.rename("a", "z"), lambda: keeping.remove("a")])
 def test_a_list_beside_a_rename_or_removal_is_from_before_or_after_it(base, monkeypatch, change):
     for name in "ab":
