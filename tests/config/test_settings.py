@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import importlib
 import re
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -70,38 +71,66 @@ class Kiln:
         check(self)
 
 
-def annotated(tree: ast.Module, cls: type) -> set[str]:
-    """The variables and attributes of a module that hold an object of the class."""
-    names = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.arg | ast.AnnAssign) and node.annotation:
-            if re.search(rf"\b{cls.__name__}\b", ast.unparse(node.annotation)):
-                names.add(node.arg if isinstance(node, ast.arg) else ast.unparse(node.target).rpartition(".")[2])
-        elif isinstance(node, ast.Assign) and ast.unparse(node.value).startswith(f"{cls.__name__}("):
-            names |= {ast.unparse(target).rpartition(".")[2] for target in node.targets}
-    return names
+@dataclasses.dataclass(frozen=True)
+class Told:
+    """What a module says, each with the class that it is said in, and whether in one of its methods but its checks."""
+
+    annotations: list[tuple[str, str, str, bool]]  # annotation, name
+    values: list[tuple[str, str, str, bool]]  # value, name that it is given
+    reads: list[tuple[str, str, str, bool]]  # last name of the object, attribute
 
 
-def fields_apart(tree: ast.Module, cls: type) -> ast.Module:
-    """The module without what the class itself declares and checks."""
-    for node in tree.body:
-        if isinstance(node, ast.ClassDef) and node.name == cls.__name__:
-            node.body = [n for n in node.body if isinstance(n, ast.FunctionDef) and n.name != "__post_init__"]
-    return tree
+def last(node: ast.AST) -> str:
+    """The last name of `a.b`, or what else there is."""
+    return ast.unparse(node).rpartition(".")[2]
 
 
+@cache
+def told() -> dict[str, list[Told]]:
+    """{room: what its modules say}, of all rooms but config/ and cli/; read once."""
+    rooms = (path for path in PACKAGE.iterdir() if path.is_dir() and path.name not in ("config", "cli"))
+    return {room.name: [told_by(ast.parse(path.read_text())) for path in room.glob("*.py")] for room in rooms}
+
+
+def told_by(tree: ast.Module) -> Told:
+    said = Told([], [], [])
+    for top in tree.body:
+        parts = [(top, "", True)]
+        if isinstance(top, ast.ClassDef):
+            methods = [isinstance(node, ast.FunctionDef) and node.name != "__post_init__" for node in top.body]
+            parts = [(node, top.name, kept) for node, kept in zip(top.body, methods, strict=True)]
+        for part, owner, kept in parts:
+            for node in ast.walk(part):
+                if isinstance(node, ast.arg | ast.AnnAssign) and node.annotation:
+                    name = node.arg if isinstance(node, ast.arg) else last(node.target)
+                    said.annotations.append((ast.unparse(node.annotation), name, owner, kept))
+                elif isinstance(node, ast.Assign):
+                    value = ast.unparse(node.value)
+                    said.values.extend((value, last(target), owner, kept) for target in node.targets)
+                elif isinstance(node, ast.Attribute):
+                    said.reads.append((last(node.value), node.attr, owner, kept))
+    return said
+
+
+@cache
 def read(cls: type) -> set[str]:
     """The settings of the class that are read outside config/ and cli/, and not by its own declaration or checks."""
-    names = set()
-    for room in (path for path in PACKAGE.iterdir() if path.is_dir() and path.name not in ("config", "cli")):
-        trees = [fields_apart(ast.parse(path.read_text()), cls) for path in room.glob("*.py")]
-        holders = set().union(*(annotated(tree, cls) for tree in trees))
-        for node in (node for tree in trees for node in ast.walk(tree)):
-            own = isinstance(node, ast.ClassDef) and node.name == cls.__name__
-            known = holders | {"self"} if own else holders
-            for inner in ast.walk(node) if own else [node]:
-                if isinstance(inner, ast.Attribute) and ast.unparse(inner.value).rpartition(".")[2] in known:
-                    names.add(inner.attr)
+    names, own = set(), cls.__name__
+    for modules in told().values():
+        holders = {
+            name
+            for module in modules
+            for text, name, owner, kept in module.annotations
+            if (owner != own or kept) and re.search(rf"\b{own}\b", text)
+        }
+        for module in modules:
+            holders |= {
+                name for text, name, *where in module.values if where != [own, False] and text.startswith(f"{own}(")
+            }
+        for module in modules:
+            for holder, attribute, owner, kept in module.reads:
+                if (owner != own and holder in holders) or (owner == own and kept and holder in holders | {"self"}):
+                    names.add(attribute)
     return names
 
 

@@ -1,4 +1,4 @@
-"""One of the processes that `mlx.launch` starts: reads its request, trains, says how it ended."""
+"""One of the processes that `mlx.launch` starts: reads its requests, trains, says how each ended."""
 
 import json
 import os
@@ -12,23 +12,28 @@ from mlx_adapters.training import loop, runs
 
 
 def main() -> None:
-    request = json.loads(Path(sys.argv[1]).read_text())
-    lora, training = from_mapping(LoraConfig, request.pop("lora")), from_mapping(TrainConfig, request.pop("training"))
-    die_at = request.pop("die_at")
-    if die_at is not None and os.environ["MLX_RANK"] == "1":
-        iterate = loop.Loop._iterate
+    for said, request in json.loads(Path(sys.argv[1]).read_text()).items():
+        lora = from_mapping(LoraConfig, request.pop("lora"))
+        training = from_mapping(TrainConfig, request.pop("training"))
+        die_at = request.pop("die_at")
+        if die_at is not None and os.environ["MLX_RANK"] == "1":
+            loop.Loop._iterate = mortal(die_at)
+        try:
+            run = runs.train(**request, lora=lora, training=training)
+            sys.stdout.write(f"{said}: rank {run.rank} finished\n")
+        except AdapterError as error:
+            sys.stdout.write(f"{said}: {error.message}\n")
 
-        def mortal(self):
-            if self.state.iteration == die_at:
-                os._exit(9)
-            iterate(self)
 
-        loop.Loop._iterate = mortal
-    try:
-        run = runs.train(**request, lora=lora, training=training)
-        sys.stdout.write(f"rank {run.rank} finished\n")
-    except AdapterError as error:
-        sys.stdout.write(f"{error.message}\n")
+def mortal(die_at):
+    iterate = loop.Loop._iterate
+
+    def until_it_dies(self):
+        if self.state.iteration == die_at:
+            os._exit(9)
+        iterate(self)
+
+    return until_it_dies
 
 
 main()

@@ -38,8 +38,8 @@ PREFERENCES = {"dpo": "pairs", "orpo": "pairs", "kto": "labeled"}
 
 @pytest.fixture(scope="module")
 def runs(tiny_model, tmp_path_factory):
-    """What four launches of two processes said, and the home and data they used: a run, the same name again,
-    a run whose rank 1 dies after five iterations, and its resumption."""
+    """What two processes said, by what it is of, and the home and data they used: a run, the same name again, one for
+    each objective, all of one launch; a run whose rank 1 dies after five iterations, and its resumption."""
     work = tmp_path_factory.mktemp("two")
     data = write_data(work / "data", rows=13, valid=5)
     environment = {
@@ -49,8 +49,8 @@ def runs(tiny_model, tmp_path_factory):
         "MLX_ADAPTERS_HOME": str(work / "home"),
     }
 
-    def launch(name: str, die_at: int | None = None, **options) -> str:
-        request = {
+    def request(name: str, die_at: int | None = None, **options) -> dict:
+        return {
             "base": str(tiny_model()),
             "data": str(data),
             "name": name,
@@ -59,23 +59,26 @@ def runs(tiny_model, tmp_path_factory):
             "die_at": die_at,
             **options,
         }
-        (work / "request.json").write_text(json.dumps(request))
-        script = [sys.executable, str(TESTS / "helpers" / "train_two.py"), str(work / "request.json")]
+
+    def launch(**requests: dict) -> dict[str, str]:
+        (work / "requests.json").write_text(json.dumps(requests))
+        script = [sys.executable, str(TESTS / "helpers" / "train_two.py"), str(work / "requests.json")]
         program = str(Path(sys.executable).parent / "mlx.launch")
         command = [program, "-n", "2", "--backend", "ring", "-p", str(own_port()), "--", *script]
-        beside = {} if name == "lost" else {"NCCL_HOST_IP": "127.0.0.1"}  # connections, as where NCCL sums
+        beside = {} if "lost" in requests else {"NCCL_HOST_IP": "127.0.0.1"}  # connections, as where NCCL sums
         done = subprocess.run(command, env=environment | beside, capture_output=True, text=True, timeout=240)
-        return done.stdout or done.stderr
+        lines = (done.stdout or done.stderr).splitlines()
+        return {of: "\n".join(line for line in lines if f"{of}: " in line) or done.stderr for of in requests}
 
-    said = {"two": launch("two"), "again": launch("two"), "lost": launch("lost", die_at=5)}
-    newest = states.newest(work / "home" / "adapters" / "lost")[0]
-    assert newest is not None, said
-    saved = newest.state.iteration
-    said["resumed"] = launch("lost", resume=True)
+    wanted = {"two": request("two"), "again": request("two")}
     for objective, rows in PREFERENCES.items():
         where = write_preferences(work / objective, labeled=rows == "labeled")
-        said[objective] = launch(objective, data=str(where), objective=objective)
-    return said, work / "home" / "adapters", data, saved
+        wanted[objective] = request(objective, data=str(where), objective=objective)
+    said = launch(**wanted) | launch(lost=request("lost", die_at=5))
+    newest = states.newest(work / "home" / "adapters" / "lost")[0]
+    assert newest is not None, said
+    said |= launch(resumed=request("lost", resume=True))
+    return said, work / "home" / "adapters", data, newest.state.iteration
 
 
 def test_two_processes_train_as_one(runs, tiny_model):
