@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 from click.testing import CliRunner
@@ -33,8 +34,11 @@ def test_answers_in_a_batch_are_the_answers_one_by_one(demo_base):
 
 
 def test_the_whole_way(home_with_base, monkeypatch):
+    """With fewer rows and questions than `--quick` has: each takes the real model half a second to a second."""
     from mlx_adapters.cli import cli
 
+    fewer = replace(job.QUICK, questions=1, fusing=replace(job.QUICK.fusing, check_rows=4))
+    monkeypatch.setattr(job, "QUICK", fewer)
     run_demo, made = job.run_demo, []
 
     def run_once(**options):
