@@ -29,7 +29,7 @@ WORTH_TOKENS = 8  # so many are computed before a step is compiled: that takes a
 MOST_TOKENS = 8192  # in the cache; with more of them attention takes longer here than in MLX
 MOST_STEPS = 4  # for as many adapters, who may take turns token by token
 MOST_ERROR = 5e-2  # of the largest logit: sums in another order, in 16 bits through all blocks
-COUNTS = 16
+COUNTS = 16  # of which two are read; arrays of up to 8 bytes lie where the host's are
 KEPT = "_one_token"  # in the model's __dict__, where MLX looks for no parameters
 
 Compile = Callable[[Callable[..., Any]], Callable[..., Any]]

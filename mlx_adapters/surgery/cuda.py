@@ -71,8 +71,8 @@ def quantized_matmul(
     if not fills and (not alone or len(shape) < 3 or tokens == shape[-2]):
         return packed(x, w, scales, biases, transpose, **kind)
     x = x.reshape(tokens, shape[-1])
-    y = packed(x[_eight(tokens)] if fills else x, w, scales, biases, transpose, **kind)[:tokens]
-    return y.reshape(*shape[:-1], y.shape[-1])
+    y = packed(x[_eight(tokens)] if fills else x, w, scales, biases, transpose, **kind)
+    return (y[:tokens] if fills else y).reshape(*shape[:-1], y.shape[-1])
 
 
 @cache

@@ -15,7 +15,6 @@ import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from importlib.metadata import version
 from typing import Any, Literal
 
 import mlx.core as mx
@@ -53,7 +52,7 @@ def ways() -> list[Callable[..., Any]]:
 
 def compiled_folder() -> str:
     """Where MLX keeps what it compiled on CUDA, for all processes that are not given another folder."""
-    return os.environ.get(COMPILED) or f"{tempfile.gettempdir()}/mlx/{version('mlx')}/ptx"
+    return os.environ.get(COMPILED) or f"{tempfile.gettempdir()}/mlx/{mx.__version__}/ptx"
 
 
 def compile_apart(rank: str) -> None:

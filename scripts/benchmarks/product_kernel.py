@@ -1,14 +1,14 @@
 """One token's product with a matrix packed in 4 bits, and an adapter's update of it, in one CUDA kernel.
 
-products.py and decode.py measure it beside what is in. A block's warps share out the columns of some
-rows, in groups of those that have one scale, and those of a; b z is added where their sums meet. Tensor cores multiply
-(16 rows by 8 columns at a time, all of which are x): two codes become two numbers in 16 bits, 128 + c or 1024 + c, by a
-mask, and what was added is taken off a group's sum. Sums are in float32 and rounded once.
+products.py and decode.py measure it beside what is in. A block's warps share out the columns of some rows, in groups of
+those that have one scale, and those of a; b z is added where their sums meet. Tensor cores multiply (16 rows by 8
+columns at a time, all of which are x): two codes become two numbers in 16 bits, 128 + c or 1024 + c, by a mask, and
+what was added is taken off a group's sum. Sums are in float32 and rounded once.
 """
 
 from functools import cache
-from itertools import accumulate
 
+from mlx_adapters.runtime import kernel
 from mlx_adapters.storage.tensor_names import BIAS, QUANTIZED_LEAVES
 from mlx_adapters.system.door import mx
 from mlx_adapters.system.gpu_kernels import FEW, build_quickly, chosen, spelled
@@ -193,7 +193,7 @@ def share_of(widths):
 @cache
 def _blocks(widths, rows):
     """(where each layer's rows begin and the last one's end, how many blocks there are)."""
-    return mx.array([0, *accumulate(widths)], mx.int32), sum(-(-width // rows) for width in widths)
+    return kernel._bounds(widths), sum(-(-width // rows) for width in widths)
 
 
 @cache
