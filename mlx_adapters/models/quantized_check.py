@@ -5,7 +5,8 @@ build of MLX 0.32.4 is off by the size of the result for matrices of one group p
 So the first layer of each kind (class, shape, bits, group size, mode, types) reads some
 random tokens, in counts that reach all kernels, and is compared with its own dequantized weight on the CPU. What is
 found is remembered for this version of MLX and this device; a layer of a wrong kind becomes a dense one, and a
-warning names it.
+warning names it. What MLX has no kernel for, or one that does not compile, is wrong, too: on an H100 or H200 those for
+one group per row need a header of the package nvidia-cuda-crt, which MLX's does not require.
 """
 
 import contextlib
@@ -13,11 +14,12 @@ import hashlib
 import inspect
 import logging
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from mlx.utils import tree_unflatten
@@ -25,7 +27,7 @@ from mlx.utils import tree_unflatten
 from mlx_adapters.errors import AdapterError, ModelError
 from mlx_adapters.models.dense import dense_layer, dense_weight, is_quantized, weight_shape
 from mlx_adapters.models.layers import weight_layers
-from mlx_adapters.storage import files, paths
+from mlx_adapters.storage import files, paths, temporaries
 from mlx_adapters.storage.tensor_names import BIAS, SCALES
 from mlx_adapters.system.door import mx, nn
 from mlx_adapters.system.gpu_kernels import ways
@@ -34,11 +36,13 @@ from mlx_adapters.units import count, size
 
 log = logging.getLogger("mlx_adapters.models.quantized_check")
 
-TOKENS = (1, 2, 5, 9, 40, 130)
+TOKENS = (1, 2, 5, 9, 20, 40, 100, 130)  # CUDA has kernels for up to 16, 32, 64, 128 and 256
 ROWS, EXPERTS = 256, 4  # of a large weight, so many output rows and experts are compared, from both ends
 # Of a token's or a row's result, by norm; what is wrong is off by all of it. float32 products may be TF32's, and a
 # CPU adds up in bfloat16.
 TOLERANCE = {mx.float32: 0.01, mx.float16: 0.02, mx.bfloat16: 0.15}
+HEADERS = "nvidia-cuda-crt"  # the package with crt/mma.h
+LASTING = ("No implementation", "Failed to compile")  # other refusals, for lack of memory say, are not remembered
 
 
 Function = Callable[..., mx.array]
@@ -50,11 +54,23 @@ class MiscomputedWarning(UserWarning):
 
 @dataclass(frozen=True)
 class LayerCheck:
-    """What the check of one kind of layer gave: the largest error of a token's or a row's result, relative to it."""
+    """What the check of one kind of layer gave: the largest error of a token's or a row's result, relative to it.
+    `refusal`: why MLX does not compute it at all."""
 
     kind: str
     error: float
     right: bool
+    refusal: str = ""
+
+    @property
+    def found(self) -> float | str:
+        """What is remembered of it."""
+        return self.refusal or min(self.error, 1e9)
+
+    @property
+    def lasts(self) -> bool:
+        """Whether another time would give the same."""
+        return not self.refusal or any(words in self.refusal for words in LASTING)
 
 
 def replace_miscomputed(module: nn.Module, dtype: mx.Dtype, gradients: bool = False, say: bool = True) -> list[str]:
@@ -66,7 +82,8 @@ def replace_miscomputed(module: nn.Module, dtype: mx.Dtype, gradients: bool = Fa
     """
     wrong = miscomputed(module, dtype, gradients)
     if wrong:
-        _make_dense(module, wrong, dtype, say)
+        refusals = (found for found in _found(list(wrong.values()), dtype, gradients) if isinstance(found, str))
+        _make_dense(module, wrong, dtype, say, next(refusals, ""))
     return list(wrong)
 
 
@@ -79,21 +96,27 @@ def miscomputed(module: nn.Module, dtype: mx.Dtype, gradients: bool = False) -> 
 
 def are_right(layers: Sequence[nn.Module], dtype: mx.Dtype, gradients: bool = False) -> list[bool]:
     """Whether this device computes each of these quantized layers right; one of each kind is checked, once."""
+    return [_is_right(found, dtype) for found in _found(layers, dtype, gradients)]
+
+
+def _found(layers: Sequence[nn.Module], dtype: mx.Dtype, gradients: bool) -> list[float | str]:
+    """Of each layer its kind's error, or why MLX does not compute it."""
     kinds = [kind_of(layer, dtype) + (", gradients" if gradients else "") for layer in layers]
     known = _read()
     fresh = {kind: layer for kind, layer in zip(kinds, layers, strict=True) if kind not in known}
     if fresh:
         log.info("%s of quantized layers are tried on this device, once.", count(len(fresh), "kind"))
-        known |= {kind: check_layer(layer, dtype, gradients).error for kind, layer in fresh.items()}
-        _write(known)
-    return [_is_right(known[kind], dtype) for kind in kinds]
+        checks = {kind: check_layer(layer, dtype, gradients) for kind, layer in fresh.items()}
+        _write(known | {kind: check.found for kind, check in checks.items() if check.lasts})
+        known |= {kind: check.found for kind, check in checks.items()}
+    return [known[kind] for kind in kinds]
 
 
 def remembered(kind: str, measure: Callable[[], float]) -> float:
     """The error of something else that hangs on this version of MLX and this device; measured once, if it can be."""
     known = _read()
-    if kind in known:
-        return known[kind]
+    if isinstance(error := known.get(kind), float):
+        return error
     error = measure()
     if math.isfinite(error):
         _write(known | {kind: error})
@@ -118,7 +141,7 @@ def largest_error(made: mx.array, expected: mx.array) -> float:
     return error if math.isfinite(error) else math.inf
 
 
-def _make_dense(module: nn.Module, wrong: dict[str, nn.Module], dtype: mx.Dtype, say: bool) -> None:
+def _make_dense(module: nn.Module, wrong: dict[str, nn.Module], dtype: mx.Dtype, say: bool, refusal: str) -> None:
     needed = sum(dtype.size * math.prod(weight_shape(layer)) for layer in wrong.values())
     first = next(iter(wrong))
     what = f"MLX {version('mlx')} computes {count(len(wrong), 'quantized layer')} wrong on this device ('{first}'"
@@ -130,7 +153,8 @@ def _make_dense(module: nn.Module, wrong: dict[str, nn.Module], dtype: mx.Dtype,
         mx.eval(dense.parameters())
         module.update_modules(tree_unflatten([(path, dense)]))
     if say:
-        text = f"{what}. They are computed unquantized here ({size(needed)}); plain mlx-lm would answer wrong."
+        text = f"{what}. They are computed unquantized here ({size(needed)}); plain mlx-lm would answer wrong"
+        text += f" or end: {refusal.rstrip('.')}." if refusal else "."
         warnings.warn(text, MiscomputedWarning, stacklevel=4)
 
 
@@ -154,8 +178,17 @@ def check_layer(layer: nn.Module, dtype: mx.Dtype, gradients: bool = False) -> L
                 theirs = _on_cpu(lambda x, y, f=reference: mx.vjp(f, [x], [y])[1][0], x, back)
                 error = max(error, _distance(mx.vjp(call, [x], [back])[1][0], theirs))
     except RuntimeError as refused:  # "No implementation for problem shape": it would end the answer, too
-        return LayerCheck(f"{kind_of(layer, dtype)}: {refused}", math.inf, False)
+        return LayerCheck(f"{kind_of(layer, dtype)}: {_why(refused)}", math.inf, False, _why(refused))
     return LayerCheck(kind_of(layer, dtype), error, _is_right(error, dtype))
+
+
+def _why(refused: RuntimeError) -> str:
+    """In a line why MLX does not compute something; of a kernel that lacks a header, which, and who has it."""
+    header = re.search(r'cannot open source file "([^"]+)"', str(refused))
+    if header is None:
+        return str(refused).partition("\n")[0]
+    package = f", which the package {HEADERS} has" if header[1].startswith("crt/") else ""
+    return f"Failed to compile a kernel without {header[1]}{package}"
 
 
 def _on_cpu(function: Function, *arrays: mx.array) -> mx.array:
@@ -239,8 +272,8 @@ def _distance(y: mx.array, reference: mx.array) -> float:
     return error if math.isfinite(error) else math.inf
 
 
-def _is_right(error: float, dtype: mx.Dtype) -> bool:
-    return error <= TOLERANCE.get(dtype, 0.01)
+def _is_right(found: float | str, dtype: mx.Dtype) -> bool:
+    return not isinstance(found, str) and found <= TOLERANCE.get(dtype, 0.01)
 
 
 def _where() -> Any:
@@ -250,17 +283,21 @@ def _where() -> Any:
 @cache
 def _this_device() -> str:
     device = str(mx.device_info().get("device_name", mx.default_device()))
-    return hashlib.sha256(f"{version('mlx')} {device}".encode()).hexdigest()[:16]
+    headers = ""
+    with contextlib.suppress(PackageNotFoundError):  # when it is installed, what did not compile is tried again
+        headers = version(HEADERS)
+    return hashlib.sha256(f"{version('mlx')} {device}{headers}".encode()).hexdigest()[:16]
 
 
-def _read() -> dict[str, float]:
+def _read() -> dict[str, float | str]:
+    temporaries.sweep(_where().parent)  # also where a kill came after all was written
     try:
-        errors = files.read_json(_where())
+        known = files.read_json(_where())
     except AdapterError:
         return {}
-    return {kind: float(error) for kind, error in errors.items() if isinstance(error, int | float)}
+    return {kind: found for kind, found in known.items() if isinstance(found, float | str)}
 
 
-def _write(known: dict[str, float]) -> None:
+def _write(known: dict[str, float | str]) -> None:
     with contextlib.suppress(AdapterError):  # a full disk: it is looked at again next time
-        files.write_json(_where(), {kind: min(error, 1e9) for kind, error in known.items()})
+        files.write_json(_where(), known)

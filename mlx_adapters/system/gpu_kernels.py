@@ -20,7 +20,7 @@ from typing import Any, Literal
 import mlx.core as mx
 
 from mlx_adapters.errors import AdapterError
-from mlx_adapters.storage import files, paths
+from mlx_adapters.storage import files, paths, temporaries
 from mlx_adapters.system.machine import on_cuda
 
 Language = Literal["metal", "cuda"]
@@ -213,6 +213,7 @@ def _machine_code(compiler: Any, name: str, body: str) -> tuple[str, bytes]:
     compiler.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
     chip = f"{device['compute_capability_major']}{device['compute_capability_minor']}"
     kept = paths.home() / "kernels" / f"{own}_sm{chip}_{major.value}.{minor.value}.cubin"
+    temporaries.sweep(kept.parent)  # also where a kill came after a kernel was kept
     with contextlib.suppress(OSError):
         return own, kept.read_bytes()
     code = _compiled(compiler, name, body.replace("@NAME@", own), chip)

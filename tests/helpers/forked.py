@@ -15,7 +15,6 @@ import os
 import pkgutil
 import resource
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -157,9 +156,10 @@ class Command:
         self.began = time.monotonic()
         numbers = [file.fileno() for file in self.files]
         if on_gpu():
-            command = [sys.executable, __file__, json.dumps(request | {"steps": numbers[3]})]
-            streams = dict(zip(("stdin", "stdout", "stderr"), numbers, strict=False))
-            self.pid = subprocess.Popen(command, pass_fds=numbers[3:], **streams).pid
+            command = [sys.executable, __file__, json.dumps(request | {"steps": 3})]
+            streams = [(os.POSIX_SPAWN_DUP2, number, place) for place, number in enumerate(numbers)]
+            # no Popen: one that nobody holds any more is waited for by the next
+            self.pid = os.posix_spawn(sys.executable, command, os.environ, file_actions=streams)
             return
         self.pid = os.fork()
         if self.pid == 0:

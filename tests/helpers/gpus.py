@@ -15,7 +15,7 @@ what another is just writing. Kept for the next machine (20 kB each), it begins 
 
     XZ_OPT=-T0 tar cJf kernels.tar.xz --exclude='.gw*' kernels
 
-Needs pytest-xdist and, for tests/test_types.py, mypy: without it that file is named and left out.
+Needs pytest-xdist. What needs something that is not installed (NEEDS) is named and left out.
 """
 
 import contextlib
@@ -37,6 +37,7 @@ for folder in own:
     folder.mkdir(parents=True, exist_ok=True)
 if own:  # read once by MLX
     os.environ["MLX_PTX_CACHE_DIR"] = str(own[0])
+NEEDS = {"test_types.py": "mypy", "test_package.py": "hatchling"}
 OUTCOMES = ("passed", "skipped", "failed")  # of its parts the last here is the test's
 so_far: dict[str, tuple[str, float]] = {}  # id: outcome and seconds of its parts that have ended
 
@@ -74,10 +75,11 @@ def pytest_runtest_logfinish() -> None:
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
     """Leave out, in words, what needs something that is not installed here."""
-    if collection_path.name != "test_types.py" or importlib.util.find_spec("mypy"):
+    needed = NEEDS.get(collection_path.name)
+    if needed is None or importlib.util.find_spec(needed):
         return None
     if not worker:
-        print("tests/test_types.py is left out: mypy is not installed here.", file=sys.stderr)
+        print(f"tests/{collection_path.name} is left out: {needed} is not installed here.", file=sys.stderr)
     return True
 
 

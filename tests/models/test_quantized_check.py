@@ -147,6 +147,61 @@ def test_a_kernel_that_raises_is_wrong_too(on_cpu, monkeypatch):
     assert not check.right and "No implementation" in check.kind
 
 
+UNCOMPILED = """Failed to compile kernel: /include/mma.h(55): catastrophic error: cannot open source file "crt/mma.h"
+  #include "crt/mma.h"
+
+1 catastrophic error detected in the compilation of "qmm_sm90_tn_float32_n32_b4_g64_affine.cu".
+Compilation terminated.
+."""
+
+
+def refuse(monkeypatch, said, tokens=(1, 256)):
+    """Let `quantized_matmul` raise for 64 inputs and from so many to so many tokens."""
+    right = mx.quantized_matmul
+
+    def product(x, *weights, **options):
+        if x.shape[-1] == 64 and tokens[0] <= x.shape[-2] <= tokens[1]:
+            raise RuntimeError(said)
+        return right(x, *weights, **options)
+
+    monkeypatch.setattr(mx, "quantized_matmul", product)
+    monkeypatch.setattr("mlx_adapters.models.loading.trace", lambda _: None)  # MLX raises when it computes
+    monkeypatch.setattr("mlx_adapters.models.loading.on_gpu", lambda: True)
+
+
+@pytest.mark.parametrize("tokens", [(1, 1), (2, 16), (17, 32), (33, 64), (65, 128), (129, 256)])
+def test_layers_whose_kernel_does_not_compile_become_dense(tokens, tiny_model, on_cpu, monkeypatch):
+    """Whichever of CUDA's kernels, each for so many tokens; the warning names the header and who has it."""
+    folder, ids = tiny_model("llama", bits=4), [i % 97 for i in range(tokens[1])]
+    refuse(monkeypatch, UNCOMPILED, tokens)
+    end = "wrong or end: Failed to compile a kernel without crt/mma.h, which the package nvidia-cuda-crt has.$"
+    with pytest.warns(MiscomputedWarning, match=end):
+        model = load_model(resolve_base(folder))
+    exact = np.array(load_model(resolve_base(folder), dense=True, dtype="float32").logits(ids))
+    np.testing.assert_allclose(np.array(model.logits(ids)), exact, atol=1e-3 * np.abs(exact).max())
+
+
+@pytest.mark.parametrize(
+    "said", [UNCOMPILED, "[quantized_matmul] No implementation for 1x64", "Failed to load compiled"]
+)
+def test_a_refusal_is_remembered_if_it_lasts(said, tiny_model, on_cpu, monkeypatch):
+    """Of a kernel that did not compile until the header is there; of one that another was just writing not at all."""
+    folder = resolve_base(tiny_model("llama", bits=4))
+    monkeypatch.setattr(quantized_check, "_this_device", quantized_check._this_device.__wrapped__)
+    with monkeypatch.context() as there:
+        refuse(there, said)
+        with pytest.warns(MiscomputedWarning):
+            load_model(folder)
+    monkeypatch.setattr("mlx_adapters.models.loading.on_gpu", lambda: True)
+    if "load" not in said:
+        with pytest.warns(MiscomputedWarning, match="No implementation for 1x64|without crt/mma.h"):
+            load_model(folder)
+        monkeypatch.setattr(quantized_check, "version", lambda name: f"13.5 of {name}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", MiscomputedWarning)
+        load_model(folder)
+
+
 def test_a_dense_copy_that_does_not_fit_is_refused(tiny_model, lying_kernel, monkeypatch):
     monkeypatch.setattr(quantized_check, "usable_memory_bytes", lambda: 1000)
     with pytest.raises(ModelError, match="no room for unquantized ones"):

@@ -4,12 +4,15 @@ functions that are compiled.
 (What the kernels compute is tried where they are first used.)
 """
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_adapters.storage.paths import TEMPORARY_PREFIX
+from mlx_adapters.storage.temporaries import MARKER
 from mlx_adapters.system import door, gpu_kernels
 
 
@@ -147,6 +150,18 @@ def test_a_kernel_that_cannot_be_kept_is_compiled_again(home, monkeypatch):
     (home / "kernels").write_text("in the way")
     compiler = Compiler()
     assert [gpu_kernels._machine_code(compiler, "add", "a @NAME@")[1] for _ in range(2)] == [b"a1", b"a2"]
+
+
+def test_what_a_kill_left_beside_a_kernel_that_is_kept_goes(home, monkeypatch):
+    monkeypatch.setattr(mx, "device_info", lambda: {"compute_capability_major": 9, "compute_capability_minor": 0})
+    compiler = Compiler()
+    gpu_kernels._machine_code(compiler, "add", "a @NAME@")
+    left = home / "kernels" / f"{TEMPORARY_PREFIX}1"
+    left.mkdir()
+    (left / MARKER).touch()
+    os.utime(left, (1e9, 1e9))
+    gpu_kernels._machine_code(compiler, "add", "a @NAME@")
+    assert len(compiler.texts) == 1 and not left.exists()
 
 
 def test_metal_has_one_way(monkeypatch):
