@@ -36,7 +36,7 @@ from mlx_adapters.units import count, size
 
 log = logging.getLogger("mlx_adapters.models.quantized_check")
 
-TOKENS = (1, 2, 5, 9, 20, 40, 100, 130)  # CUDA has kernels for up to 16, 32, 64, 128 and 256
+TOKENS = (1, 2, 5, 9, 20, 40, 130)  # CUDA has kernels for one, for up to 16, for up to 32, and for more
 ROWS, EXPERTS = 256, 4  # of a large weight, so many output rows and experts are compared, from both ends
 # Of a token's or a row's result, by norm; what is wrong is off by all of it. float32 products may be TF32's, and a
 # CPU adds up in bfloat16.

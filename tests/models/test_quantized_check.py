@@ -169,7 +169,7 @@ def refuse(monkeypatch, said, tokens=(1, 256)):
     monkeypatch.setattr("mlx_adapters.models.loading.on_gpu", lambda: True)
 
 
-@pytest.mark.parametrize("tokens", [(1, 1), (2, 16), (17, 32), (33, 64), (65, 128), (129, 256)])
+@pytest.mark.parametrize("tokens", [(1, 1), (2, 16), (17, 32), (33, 256)])
 def test_layers_whose_kernel_does_not_compile_become_dense(tokens, tiny_model, on_cpu, monkeypatch):
     """Whichever of CUDA's kernels, each for so many tokens; the warning names the header and who has it."""
     folder, ids = tiny_model("llama", bits=4), [i % 97 for i in range(tokens[1])]
