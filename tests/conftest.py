@@ -20,7 +20,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-import mlx_adapters  # noqa: F401  (before mlx: it loads the fast BLAS on Linux)
+import mlx_adapters  # before mlx: it loads the fast BLAS on Linux
 from mlx_adapters.system import machine
 
 AS_ON_GPU = bool(os.environ.get("MLX_ADAPTERS_AS_ON_GPU"))  # what is chosen on a GPU is chosen here; the CPU computes
@@ -34,6 +34,8 @@ if AS_ON_GPU:
     mx.gather_mm = lambda a, b, *rest, **more: plain(a.astype(mx.float32), b.astype(mx.float32), *rest, **more).astype(
         a.dtype
     )
+
+import mlx_adapters.system.door  # noqa: E402, F401  (before mlx-lm, which lowers the limit of open files for good)
 
 # The same examples everywhere, however long one takes; MLX_ADAPTERS_SEARCH=1 looks for others.
 hypothesis.settings.register_profile("steady", deadline=None, derandomize=True)
