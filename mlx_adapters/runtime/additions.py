@@ -7,9 +7,10 @@ embeddings and `experts(y, x, indices, sorted_indices)` for mixtures. y, what th
 import math
 from collections.abc import Callable, Sequence
 from copy import copy
+from typing import Any
 
 from mlx_adapters.errors import IncompatibleError
-from mlx_adapters.runtime import kernel
+from mlx_adapters.runtime import kernel, product_kernel
 from mlx_adapters.runtime.factors import Factors
 from mlx_adapters.system.door import mx
 from mlx_adapters.system.gpu_kernels import compiled
@@ -123,11 +124,21 @@ class ForAll(_Added):
         return self._each
 
     def compiled(self, product: Product, widths: Sequence[int]) -> Callable[[mx.array], list[mx.array]]:
-        """`linears` of what `product` gives, compiled; gone with this object, as its constants are."""
+        """`of_few`, compiled; gone with this object, as its constants are."""
         if self._compiled is None:
             twin = copy(self)  # not this one, which holds it
-            self._compiled = compiled(lambda x: twin.linears(product(x), x, widths))
+            self._compiled = compiled(lambda x: twin.of_few(product, x, widths))
         return self._compiled
+
+    def of_few(self, product: Product, x: mx.array, widths: Sequence[int]) -> list[mx.array]:
+        """`linears` of what `product` gives for few tokens; for one by one kernel, if that serves."""
+        f, packed = self.factors, getattr(product, "arrays", {})
+        options: Any = getattr(product, "options", None)
+        if product_kernel.serves(x, packed, options, f.b):
+            return product_kernel.product_and_update(
+                x, packed, options, self.kernel_a, self.kernel_b, widths, f.gain, f.shift
+            )
+        return self.linears(product(x), x, widths)
 
     def lookup(self, y: mx.array, ids: mx.array) -> mx.array:
         """y (..., dim) and ids (...)."""

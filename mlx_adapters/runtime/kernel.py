@@ -174,7 +174,7 @@ def add_update(
     """
     scaled = {name: array for name, array in (("gain", gain), ("shift", shift)) if array is not None}
     _, layers, rank, inputs = a.shape
-    tokens, bounds, way = x.size // inputs, _bounds(tuple(widths)), _built.get(y.dtype, build)
+    tokens, bounds, way = x.size // inputs, bounds_of(tuple(widths)), _built.get(y.dtype, build)
 
     def run(
         name: str, arrays: list[mx.array], blocks: int, threads: int, shape: Shape, dtype: mx.Dtype, **scaled: mx.array
@@ -200,7 +200,7 @@ def add_update(
 
 # Arrays of up to 8 bytes lie in pages that MLX's CUDA build moves when the host writes to one of them; these do not.
 @cache
-def _bounds(widths: tuple[int, ...]) -> mx.array:
+def bounds_of(widths: tuple[int, ...]) -> mx.array:
     """Where each layer's columns begin and the last one's end."""
     return mx.array([0, *accumulate(widths), 0], mx.int32)
 

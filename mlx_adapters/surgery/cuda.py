@@ -1,8 +1,8 @@
 """What MLX's CUDA build is slow at where text is generated, computed otherwise.
 
 A product with a packed matrix reads it anew for each row of a batch (a 4B model's in 4 bits on an H200: 16 rows of one
-token took 118 to 328 us, 16 tokens in one row 20 to 36), of three to seven tokens it takes longer than of eight (4 of
-them 45 to 122 us where 8 took 19 to 36), and from some hundred on the matrix is better unpacked first. Attention over
+token took 118 to 328 us, 16 tokens in one row 20 to 36), of four to seven tokens it takes longer than of eight (a step
+of 4 rows 10.7 ms and filled up 10.3, of 6 rows 15.1 and 10.8; of 3 rows 8.4 and 9.9), and from some hundred on the matrix is better unpacked first. Attention over
 several tokens is cuDNN's, which is compiled for each new shape, in 75 to 230 ms; prompts that join a batch nearly
 always have one. And operations are launched as graphs of a hundred or more, and one of a form that was not there before
 takes 0.1 ms for each of them: three quarters of the time of a pass over prompts. What is handed over layer by layer
@@ -20,7 +20,7 @@ from mlx_adapters.system.door import mx
 from mlx_adapters.system.machine import on_cuda
 
 MANY_TOKENS = 256  # from here on a product is faster with an unpacked matrix
-FEW, EIGHT = 3, 8  # from so many tokens on a product with a large matrix is filled up to eight
+FEW, EIGHT = 4, 8  # from so many tokens on a product with a large matrix is filled up to eight
 LARGE = 12 << 20  # numbers in it; of 2560 x 2560 MLX's own product of seven was the faster one
 MOST_SCORES = 1 << 26  # numbers between tokens that may be in memory; cuDNN keeps none of them
 

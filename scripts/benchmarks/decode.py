@@ -11,7 +11,7 @@ measures the GPU's alone, by its own clock, with all of a token handed over befo
 
     python scripts/benchmarks/decode.py --shapes 4b --batches 1 --only "base, one token" "groups, one token" [--gpu]
     python scripts/benchmarks/decode.py --shapes 4b --batches 1 --gpu --only "base, one token" "groups, one token" \\
-        "base, one token by clusters" "groups, one kernel, one token"     # ways of decode_ways.py
+        "base, one token by clusters" "groups, after, one token"     # ways of decode_ways.py
     python scripts/benchmarks/decode.py --shapes 8b 0.5b --batches 1 16 --json decode.json
     python scripts/benchmarks/decode.py --shapes 135m --bits 0 --dtype float32 --tokens 4 --rounds 20    # a CPU
 """
@@ -34,7 +34,7 @@ import mlx_adapters  # noqa: F401  (before mlx: it sees to a fast BLAS)
 # isort: split
 import mlx.core as mx
 import mlx.nn as nn
-from decode_ways import WAYS, After, Apart, OneKernel, attending
+from decode_ways import WAYS, After, Apart, attending
 from mlx_lm.models import llama, qwen2, qwen3
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tuner.lora import LoRALinear
@@ -218,7 +218,7 @@ VARIANTS = {
     "groups": (ForAll, dict(group=True)),
     "groups compiled": (ForAll, dict(group=True)),
     "groups, one token": (ForAll, dict(group=True)),
-    "groups, one kernel, one token": (OneKernel, dict(group=True)),
+    "groups, after, one token": (After, dict(group=True)),
     "groups, apart, one token": (Apart, dict(group=True)),
     "ours, after": (After, dict(group=True)),
     "groups padded": (Padded, dict(group=True)),
@@ -295,7 +295,7 @@ def prepare(variant, model, adapters):
 
 
 # Which variants may be one compiled step, and what follows "one token" in a name: the step's attention.
-STEPS = ("base", "groups", "groups, one kernel", "groups, apart")
+STEPS = ("base", "groups", "groups, after", "groups, apart")
 
 
 def called(variant, model):

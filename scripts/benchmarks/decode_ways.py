@@ -1,14 +1,12 @@
 """Ways that one token could be computed by, for decode.py to measure beside those that are in.
 
 Attention (`attending`): "by clusters", of blocks that share out the tokens of heads with the same keys; "by 32 warps",
-the kernel that is in with twice its warps. An adapter's update: `OneKernel`, with the base's product; `After`
-it, by one; `Apart`, by two.
+the kernel that is in with twice its warps. An adapter's update: `After` the base's product, by one kernel; `Apart`, by
+two.
 """
 
 import contextlib
 from functools import cache
-
-from product_kernel import product_and_update
 
 from mlx_adapters.drafting import attention
 from mlx_adapters.drafting.attention import INPUTS, RECENT
@@ -210,23 +208,13 @@ def attending(way):
         attention._by_kernel = IN
 
 
-class OneKernel(ForAll):
-    """One token's product and update in one kernel."""
-
-    def compiled(self, product, widths):
-        f, several = self.factors, super().compiled(product, widths)
-        packed = product.arrays, product.options
-        return lambda x: (
-            several(x)
-            if x.size > x.shape[-1]
-            else product_and_update(x, *packed, self.kernel_a, self.kernel_b, widths, f.gain, f.shift)
-        )
-
-
 class _Chosen(ForAll):
     """An update by one kernel after the product, or by two."""
 
     apart: bool
+
+    def of_few(self, product, x, widths):
+        return self.linears(product(x), x, widths)
 
     def linears(self, y, x, widths):
         if not self.by_kernel(x):

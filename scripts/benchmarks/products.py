@@ -21,9 +21,9 @@ import mlx_adapters  # noqa: F401  (before mlx)
 # isort: split
 import mlx.core as mx
 from decode import CLOCK, RANK, SHAPES, stamped
-from product_kernel import SHARES, product_and_update
 
 from mlx_adapters.runtime import kernel
+from mlx_adapters.runtime.product_kernel import SHARES, product_and_update
 from mlx_adapters.system.gpu_kernels import build_quickly
 
 PACKED = {"group_size": 64, "bits": 4}

@@ -1,17 +1,24 @@
 """One token's product with a matrix packed in 4 bits, and an adapter's update of it, in one CUDA kernel.
 
-products.py and decode.py measure it beside what is in. A block's warps share out the columns of some rows, in groups of
-those that have one scale, and those of a; b z is added where their sums meet. Tensor cores multiply (16 rows by 8
-columns at a time, all of which are x): two codes become two numbers in 16 bits, 128 + c or 1024 + c, by a mask, and
-what was added is taken off a group's sum. Sums are in float32 and rounded once.
+Decoding waits for the host, which launches kernels: here a layer, or a group of them on one input, takes one. A block's
+warps share out the columns of some rows, in groups of those that have one scale, and those of a; b z is added where
+their sums meet. Tensor cores multiply (16 rows by 8 columns at a time, all of which are x): two codes become two
+numbers in 16 bits, 128 + c or 1024 + c, by a mask, and what was added is taken off a group's sum. Sums are in float32
+and rounded once.
 """
 
-from functools import cache
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
+from typing import Any
 
-from mlx_adapters.runtime import kernel
-from mlx_adapters.storage.tensor_names import BIAS, QUANTIZED_LEAVES
+from mlx_adapters.models.quantized_check import largest_error, tried
+from mlx_adapters.runtime.kernel import MOST_ERROR, MOST_RANKS, bounds_of
+from mlx_adapters.storage.tensor_names import BIAS, QUANTIZED_LEAVES, SCALES
 from mlx_adapters.system.door import mx
-from mlx_adapters.system.gpu_kernels import FEW, build_quickly, chosen, spelled
+from mlx_adapters.system.gpu_kernels import FEW, build, chosen, spelled
+from mlx_adapters.system.machine import on_cuda
 
 ROWS = 16  # that a tensor core takes
 FEW_BLOCKS, MANY_ROWS = 256, 8192
@@ -152,9 +159,20 @@ TERMS = {
     "gain": "v *= (float) gain[row];",
     "shift": "v += (float) shift[row];",
 }
+Parts = list[mx.array]
 
 
-def product_and_update(x, packed, options, a, b, widths, gain=None, shift=None, share=None):
+def product_and_update(
+    x: mx.array,
+    packed: Mapping[str, mx.array],
+    options: Mapping[str, Any],
+    a: mx.array,
+    b: mx.array,
+    widths: Sequence[int],
+    gain: mx.array | None = None,
+    shift: mx.array | None = None,
+    share: tuple[int, int] | None = None,
+) -> Parts:
     """(W x + bias) · gain + shift + b (a x) of one token, an array (..., width) for each of the layers on x.
 
     Args:
@@ -172,7 +190,7 @@ def product_and_update(x, packed, options, a, b, widths, gain=None, shift=None, 
     tiles, warps = share or share_of(tuple(widths))
     bounds, blocks = _blocks(tuple(widths), tiles * ROWS)
     constants = {"GROUP": options["group_size"], "R": a.shape[-2], "PARTS": len(widths), "M": tiles, "WARPS": warps}
-    return _kernel(x.dtype, len(widths), tuple(extra))(
+    return _kernel(x.dtype, len(widths), tuple(extra), _built.get(x.dtype, build))(
         inputs=[x, *(packed[name] for name in QUANTIZED_LEAVES), a, b, bounds, *extra.values()],
         template=[("T", x.dtype), *constants.items()],
         grid=(blocks * warps * 32, 1, 1),
@@ -183,7 +201,7 @@ def product_and_update(x, packed, options, a, b, widths, gain=None, shift=None, 
 
 
 @cache
-def share_of(widths):
+def share_of(widths: tuple[int, ...]) -> tuple[int, int]:
     """How a block is made for layers of these widths: few blocks have more warps, so that they end sooner; of many rows
     a block takes twice as many, so that a is read half as often."""
     few, more, many = SHARES
@@ -191,20 +209,63 @@ def share_of(widths):
 
 
 @cache
-def _blocks(widths, rows):
+def _blocks(widths: tuple[int, ...], rows: int) -> tuple[mx.array, int]:
     """(where each layer's rows begin and the last one's end, how many blocks there are)."""
-    return kernel._bounds(widths), sum(-(-width // rows) for width in widths)
+    return bounds_of(widths), sum(-(-width // rows) for width in widths)
+
+
+_built: dict[mx.Dtype, Callable[..., Any]] = {}  # how the kernel is built for each type
 
 
 @cache
-def _kernel(dtype, parts, extra):
+def _kernel(dtype: mx.Dtype, parts: int, extra: tuple[str, ...], way: Callable[..., Any]) -> Any:
     outputs, header = [f"out_{part}" for part in range(parts)], spelled(HEADER, WORDS[dtype])
     name = "_".join(["product_and_update", WORDS[dtype]["KIND"], *extra])
-    return build_quickly(name, [*ALWAYS, *extra], outputs, source(dtype, parts, extra), header)
+    return way(name, [*ALWAYS, *extra], outputs, source(dtype, parts, extra), header)
 
 
-def source(dtype, parts, extra):
+def source(dtype: mx.Dtype, parts: int, extra: Sequence[str]) -> str:
     """The kernel's text, for so many layers."""
     out = chosen("part", [f"out_{part}" for part in range(parts)])
     terms = {name.upper(): TERMS[name] if name in extra else "" for name in TERMS}
     return spelled(SOURCE, WORDS[dtype] | terms | {"OUT": out})
+
+
+def serves(x: mx.array, packed: Mapping[str, mx.array], options: Mapping[str, Any] | None, b: mx.array) -> bool:
+    """Whether the kernel is there, right, and made for an update by b (..., r) of such a matrix."""
+    if options is None or not on_cuda() or options["mode"] != "affine" or options["bits"] != 4:
+        return False
+    fits = x.size == x.shape[-1] and b.shape[-1] <= MOST_RANKS and x.dtype in WORDS
+    return fits and x.dtype == packed[SCALES].dtype == b.dtype and is_right(x.dtype, options["group_size"])
+
+
+@cache
+def is_right(dtype: mx.Dtype, group_size: int) -> bool:
+    """Whether this device computes with the kernel what it computes with products; tried once, on small arrays, and
+    remembered."""
+    text = hashlib.sha256((source(dtype, 2, list(TERMS)) + HEADER).encode()).hexdigest()
+    kind = f"product_and_update {text[:16]}, groups of {group_size}"
+    return tried(kind, _built, dtype, partial(_error, dtype, group_size), MOST_ERROR)
+
+
+def _error(dtype: mx.Dtype, group_size: int) -> float:
+    """How far the kernel is off, relative to the largest number; infinite where it is refused."""
+    keys = mx.random.split(mx.random.key(0), 6)
+    widths, inputs, rank, out = (40, 21), 640, 8, 61
+    shapes = [(1, inputs), (out, inputs), (1, 2, rank, inputs), (1, out, rank), (out,), (out,)]
+    arrays = [mx.random.normal(shape, key=key).astype(dtype) for shape, key in zip(shapes, keys, strict=True)]
+    x, weight, a, b, gain, shift = arrays
+    options = {"bits": 4, "group_size": group_size}
+    packed = dict(zip(QUANTIZED_LEAVES, mx.quantize(weight, **options), strict=True))
+    given = x, {**packed, BIAS: shift}, options, a, b, widths, gain, shift
+    try:
+        all_ways = mx.stack([mx.concatenate(product_and_update(*given, share), axis=-1)[0] for share in SHARES])
+        mx.eval(all_ways)
+    except (RuntimeError, ValueError, OSError, KeyError):
+        return math.inf
+    x, _, a, b, gain, shift = (array.astype(mx.float32) for array in arrays)
+    w, scales, biases = packed.values()
+    whole = mx.dequantize(w, scales.astype(mx.float32), biases.astype(mx.float32), **options)
+    z = mx.concatenate([mx.repeat(x @ a[0, i].T, width, axis=0) for i, width in enumerate(widths)])  # (out, r)
+    expected = ((x @ whole.T)[0] + shift) * gain + shift + (b[0] * z).sum(axis=-1)
+    return largest_error(all_ways, expected)
