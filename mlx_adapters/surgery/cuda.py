@@ -2,11 +2,11 @@
 
 A product with a packed matrix reads it anew for each row of a batch (a 4B model's in 4 bits on an H200: 16 rows of one
 token took 118 to 328 us, 16 tokens in one row 20 to 36), of four to seven tokens it takes longer than of eight (a step
-of 4 rows 10.7 ms and filled up 10.3, of 6 rows 15.1 and 10.8; of 3 rows 8.4 and 9.9), and from some hundred on the matrix is better unpacked first. Attention over
-several tokens is cuDNN's, which is compiled for each new shape, in 75 to 230 ms; prompts that join a batch nearly
-always have one. And operations are launched as graphs of a hundred or more, and one of a form that was not there before
-takes 0.1 ms for each of them: three quarters of the time of a pass over prompts. What is handed over layer by layer
-(`hand_over`) has the same form in all of them.
+of 4 rows 10.7 ms, filled up 10.3, of 6 rows 15.1 and 10.8; of 3 rows 8.4 and 9.9), and from some hundred on the matrix
+is better unpacked first. Attention over several tokens is cuDNN's, which is compiled for each new shape, in 75 to
+230 ms; prompts that join a batch nearly always have one. And operations are launched as graphs of a hundred or more,
+and one of a form that was not there before takes 0.1 ms for each of them: three quarters of the time of a pass over
+prompts. What is handed over layer by layer (`hand_over`) has the same form in all of them.
 """
 
 import contextlib
