@@ -80,23 +80,27 @@ def replace_miscomputed(module: nn.Module, dtype: mx.Dtype, gradients: bool = Fa
     gradients: what goes back through a layer counts as well, which other kernels compute. Raises ModelError if the
     dense layers would not fit the memory.
     """
-    wrong = miscomputed(module, dtype, gradients)
+    wrong = _wrong(module, dtype, gradients)
     if wrong:
-        refusals = (found for found in _found(list(wrong.values()), dtype, gradients) if isinstance(found, str))
-        _make_dense(module, wrong, dtype, say, next(refusals, ""))
+        refusals = (found for _, found in wrong.values() if isinstance(found, str))
+        _make_dense(module, {path: layer for path, (layer, _) in wrong.items()}, dtype, say, next(refusals, ""))
     return list(wrong)
 
 
 def miscomputed(module: nn.Module, dtype: mx.Dtype, gradients: bool = False) -> dict[str, nn.Module]:
     """The quantized layers, by path, that this device computes wrong in activations of `dtype`."""
-    layers = {path: layer for path, layer in weight_layers(module).items() if is_quantized(layer)}
-    rights = are_right(list(layers.values()), dtype, gradients)
-    return {path: layer for (path, layer), right in zip(layers.items(), rights, strict=True) if not right}
+    return {path: layer for path, (layer, _) in _wrong(module, dtype, gradients).items()}
 
 
 def are_right(layers: Sequence[nn.Module], dtype: mx.Dtype, gradients: bool = False) -> list[bool]:
     """Whether this device computes each of these quantized layers right; one of each kind is checked, once."""
     return [_is_right(found, dtype) for found in _found(layers, dtype, gradients)]
+
+
+def _wrong(module: nn.Module, dtype: mx.Dtype, gradients: bool) -> dict[str, tuple[nn.Module, float | str]]:
+    layers = {path: layer for path, layer in weight_layers(module).items() if is_quantized(layer)}
+    both = zip(layers.values(), _found(list(layers.values()), dtype, gradients), strict=True)
+    return {path: each for path, each in zip(layers, both, strict=True) if not _is_right(each[1], dtype)}
 
 
 def _found(layers: Sequence[nn.Module], dtype: mx.Dtype, gradients: bool) -> list[float | str]:
@@ -127,11 +131,13 @@ def tried(
     kind: str, built: dict[mx.Dtype, Callable[..., Any]], dtype: mx.Dtype, error: Callable[[], float], most: float
 ) -> bool:
     """Whether a kernel of our own is no more than `most` off, in one of the ways to build it, which `built` has then
-    for this type."""
+    for this type; as it was if none is."""
+    before = built.copy()
     for way in ways():
         built[dtype] = way
         if remembered(f"{kind}, {way.__name__}", error) <= most:
             return True
+    built.update(before)
     return False
 
 

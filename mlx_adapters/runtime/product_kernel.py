@@ -236,7 +236,8 @@ def serves(x: mx.array, packed: Mapping[str, mx.array], options: Mapping[str, An
     if options is None or not on_cuda() or options["mode"] != "affine" or options["bits"] != 4:
         return False
     fits = x.size == x.shape[-1] and b.shape[-1] <= MOST_RANKS and x.dtype in WORDS
-    return fits and x.dtype == packed[SCALES].dtype == b.dtype and is_right(x.dtype, options["group_size"])
+    alike = x.dtype == packed[SCALES].dtype == packed.get(BIAS, b).dtype == b.dtype
+    return fits and alike and is_right(x.dtype, options["group_size"])
 
 
 @cache
@@ -251,7 +252,7 @@ def is_right(dtype: mx.Dtype, group_size: int) -> bool:
 def _error(dtype: mx.Dtype, group_size: int) -> float:
     """How far the kernel is off, relative to the largest number; infinite where it is refused."""
     keys = mx.random.split(mx.random.key(0), 6)
-    widths, inputs, rank, out = (40, 21), 640, 8, 61
+    widths, inputs, rank, out = (40, 21), 17 * 128, 12, 61  # more groups than warps, and no multiple of eight ranks
     shapes = [(1, inputs), (out, inputs), (1, 2, rank, inputs), (1, out, rank), (out,), (out,)]
     arrays = [mx.random.normal(shape, key=key).astype(dtype) for shape, key in zip(shapes, keys, strict=True)]
     x, weight, a, b, gain, shift = arrays

@@ -202,6 +202,21 @@ def test_a_refusal_is_remembered_if_it_lasts(said, tiny_model, on_cpu, monkeypat
         load_model(folder)
 
 
+def test_why_a_layer_was_refused_once_is_told(tiny_model, on_cpu, monkeypatch):
+    folder, left, right = resolve_base(tiny_model("llama", bits=4)), ["out of memory"], mx.quantized_matmul
+
+    def product(x, *weights, **options):
+        if left and x.shape[-2] == max(quantized_check.TOKENS):
+            raise RuntimeError(left.pop())
+        return right(x, *weights, **options)
+
+    monkeypatch.setattr(mx, "quantized_matmul", product)
+    monkeypatch.setattr("mlx_adapters.models.loading.trace", lambda _: None)
+    monkeypatch.setattr("mlx_adapters.models.loading.on_gpu", lambda: True)
+    with pytest.warns(MiscomputedWarning, match="wrong or end: out of memory.$"):
+        load_model(folder)
+
+
 def test_a_dense_copy_that_does_not_fit_is_refused(tiny_model, lying_kernel, monkeypatch):
     monkeypatch.setattr(quantized_check, "usable_memory_bytes", lambda: 1000)
     with pytest.raises(ModelError, match="no room for unquantized ones"):

@@ -40,15 +40,17 @@ def cuda(monkeypatch):
     product_kernel.is_right.cache_clear()
 
 
-def outputs(bits=4, bias=True, dora=True, mode="affine", tokens=1, dtype=mx.bfloat16):
+def outputs(bits=4, bias=True, dora=True, mode="affine", tokens=1, dtype=mx.bfloat16, bias_dtype=None, rank=4):
     """(what is computed for a token of random layers with a random update, what is right)."""
     keys = iter(mx.random.split(mx.random.key(3), 9))
     layers = [nn.Linear(INPUTS, width, bias=bias) for width in WIDTHS]
     for layer in layers:
         for name, array in dict(layer.parameters()).items():
             layer[name] = mx.random.normal(array.shape, key=next(keys)).astype(dtype)
+        if bias:
+            layer.bias = layer.bias.astype(bias_dtype or dtype)
     layers = [layer.to_quantized(32, bits, mode=mode) for layer in layers]
-    shapes = [(2, 4, INPUTS), (64, 4), (64,), (64,)]
+    shapes = [(2, rank, INPUTS), (64, rank), (64,), (64,)]
     a, b, gain, shift = (mx.random.normal(shape, key=next(keys)).astype(dtype) for shape in shapes)
     update = additions.ForAll(Factors(a, b, *((gain, shift) if dora else ())))
     x, product = mx.random.normal((1, tokens, INPUTS), key=next(keys)).astype(dtype), Concatenated(layers)
@@ -66,14 +68,24 @@ def test_a_token_is_computed_by_the_kernel(cuda, options):
 
 
 @pytest.mark.parametrize(
-    "options", [{"bits": 3}, {"bits": 8}, {"mode": "mxfp4"}, {"tokens": 2}, {"dtype": mx.float32}], ids=str
+    "options",
+    [
+        {"bits": 3},
+        {"bits": 8},
+        {"mode": "mxfp4"},
+        {"tokens": 2},
+        {"dtype": mx.float32},
+        {"bias_dtype": mx.float32},
+        {"rank": 65},
+    ],
+    ids=str,
 )
 def test_what_it_is_not_made_for_is_computed_as_before(cuda, options):
     cuda.setattr(product_kernel, "product_and_update", None)
     if "mode" in options:
         options |= {"bias": False}
     got, right = outputs(**options)
-    assert mx.allclose(got, right, rtol=2e-2, atol=1e-4)
+    assert got.dtype == right.dtype and mx.allclose(got, right, rtol=2e-2, atol=1e-4)
 
 
 @pytest.mark.parametrize("wrong", ["lies", "raises"])
@@ -86,6 +98,16 @@ def test_where_it_is_wrong_it_is_not_used(cuda, wrong):
     cuda.setattr(product_kernel, "product_and_update", lying)
     got, right = outputs()
     assert mx.array_equal(got, right) and not product_kernel.is_right(mx.bfloat16, 32)
+
+
+def test_groups_that_it_is_wrong_for_leave_others_as_they_are_built(cuda):
+    first, other = (lambda *given: None for _ in range(2))
+    first.__name__, other.__name__ = "first", "other"
+    cuda.setattr(quantized_check, "ways", lambda: [first, other])
+    cuda.setattr(product_kernel, "_built", {})
+    cuda.setattr(product_kernel, "_error", lambda dtype, group_size: 0.0 if group_size == 64 else 1.0)
+    assert [product_kernel.is_right(mx.float16, size) for size in (64, 32)] == [True, False]
+    assert product_kernel._built == {mx.float16: first}
 
 
 def test_its_text_has_a_place_for_each_layer_and_only_the_terms_that_are_there():
