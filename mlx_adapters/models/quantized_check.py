@@ -292,7 +292,7 @@ def _this_device() -> str:
     headers = ""
     with contextlib.suppress(PackageNotFoundError):  # when it is installed, what did not compile is tried again
         headers = version(HEADERS)
-    return hashlib.sha256(f"{version('mlx')} {device}{headers}".encode()).hexdigest()[:16]
+    return hashlib.sha256(f"{version('mlx')} {device} {headers} {TOKENS}".encode()).hexdigest()[:16]
 
 
 def _read() -> dict[str, float | str]:

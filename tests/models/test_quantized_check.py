@@ -202,6 +202,13 @@ def test_a_refusal_is_remembered_if_it_lasts(said, tiny_model, on_cpu, monkeypat
         load_model(folder)
 
 
+def test_what_was_found_for_fewer_numbers_of_tokens_is_looked_at_again(monkeypatch):
+    """A new version may try more of MLX's kernels."""
+    now = quantized_check._this_device.__wrapped__()
+    monkeypatch.setattr(quantized_check, "TOKENS", quantized_check.TOKENS[:-1])
+    assert quantized_check._this_device.__wrapped__() != now
+
+
 def test_why_a_layer_was_refused_once_is_told(tiny_model, on_cpu, monkeypatch):
     folder, left, right = resolve_base(tiny_model("llama", bits=4)), ["out of memory"], mx.quantized_matmul
 
