@@ -41,6 +41,7 @@ ROWS, EXPERTS = 256, 4  # of a large weight, so many output rows and experts are
 # Of a token's or a row's result, by norm; what is wrong is off by all of it. float32 products may be TF32's, and a
 # CPU adds up in bfloat16.
 TOLERANCE = {mx.float32: 0.01, mx.float16: 0.02, mx.bfloat16: 0.15}
+NOTHING = 1e-3  # of the largest: an embedding has rows of zeros for tokens that are not there
 HEADERS = "nvidia-cuda-crt"  # the package with crt/mma.h
 LASTING = ("No implementation", "Failed to compile")  # other refusals, for lack of memory say, are not remembered
 
@@ -273,7 +274,8 @@ def _distance(y: mx.array, reference: mx.array) -> float:
     with mx.stream(mx.cpu):
         wrong, right = (a.reshape(-1, a.shape[-1]) for a in (y - reference, reference))  # (tokens, rows)
         axes = (1, 0) if wrong.shape[0] > 5 else (1,)  # of each token; of each row, too, where there are some tokens
-        each = [mx.max(mx.linalg.norm(wrong, axis=a) / mx.linalg.norm(right, axis=a)) for a in axes]
+        errors = [(mx.linalg.norm(wrong, axis=a), mx.linalg.norm(right, axis=a)) for a in axes]
+        each = [mx.max(error / mx.maximum(mx.maximum(norm, NOTHING * mx.max(norm)), 1e-30)) for error, norm in errors]
         error = float(mx.max(mx.stack(each)).item())
     return error if math.isfinite(error) else math.inf
 

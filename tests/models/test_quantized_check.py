@@ -328,3 +328,18 @@ def test_training_computes_layers_of_wrong_gradients_unquantized(tiny_model, tmp
         counted = probe.weight_bytes(load_module(resolve_base(base))[0], "float32")
     assert not any(is_quantized(layer) for layer in weight_layers(tried).values())
     assert counted == sum(array.nbytes for name, array in tree_flatten(tried.parameters()) if "lora" not in name)
+
+
+@pytest.mark.parametrize("dense", [nn.Embedding(320, 64), nn.Linear(64, 320, bias=False)], ids=["embedding", "linear"])
+@pytest.mark.parametrize("gradients", [False, True], ids=["forward", "back"])
+def test_rows_and_columns_of_zeros_are_not_wrong(dense, gradients):
+    weight = dense.weight * (mx.arange(320) < 300)[:, None] * (mx.arange(64) > 0)  # tokens that a model has no use for
+    layer = type(dense)(*((320, 64) if isinstance(dense, nn.Embedding) else (64, 320)))
+    layer.weight = weight
+    layer = layer.to_quantized(32, 4)
+    assert check_layer(layer, mx.float32, gradients).right
+    original = type(layer).as_linear if isinstance(dense, nn.Embedding) else type(layer).__call__
+    lies = lambda self, x: original(self, x) + (mx.arange(320) >= 310)  # noqa: E731
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(layer), original.__name__, lies)
+        assert not check_layer(layer, mx.float32, gradients).right
