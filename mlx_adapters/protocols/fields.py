@@ -7,6 +7,7 @@ answer is refused by its name, or, by a server that is `lenient`, ignored and to
 import json
 import math
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from mlx_adapters.errors import did_you_mean
@@ -34,6 +35,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "typical_p": (1,),
     "tfs_z": (1,),
     "mirostat": (0,),
+    "penalize_newline": (True,),
     "top_a": (0,),
     "background": (False,),
     "truncation": ("disabled", "auto"),
@@ -88,21 +90,33 @@ def _finite_float(text: str) -> float:
 
 
 class Fields:
-    """The fields of one request, or of an object `within` it. `ignored` names what a lenient server passed over."""
+    """The fields of one request, or of an object `within` it; `spelled`: the client's names for ours.
 
-    def __init__(self, raw: Mapping[str, Any], lenient: bool = False, within: str = "") -> None:
-        self.raw, self.lenient, self.within = raw, lenient, within
+    `ignored` names what a lenient server passed over.
+    """
+
+    def __init__(
+        self,
+        raw: Mapping[str, Any],
+        lenient: bool = False,
+        within: str = "",
+        spelled: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        self.lenient, self.within = lenient, within
+        self.raw = {spelled.get(name, name): value for name, value in raw.items()}
+        self._spelled = {ours: theirs for theirs, ours in spelled.items() if theirs in raw}
         self.ignored: list[str] = []
         self._read: set[str] = set()
 
-    def part(self, raw: Mapping[str, Any], within: str) -> "Fields":
+    def part(self, raw: Mapping[str, Any], within: str, spelled: Mapping[str, str] = MappingProxyType({})) -> "Fields":
         """The fields of an object in it; what is passed over there is told with the rest."""
-        part = Fields(raw, self.lenient, within)
+        part = Fields(raw, self.lenient, within, spelled)
         part.ignored = self.ignored
         return part
 
     def name(self, name: str) -> str:
-        """How a field is called in the whole request."""
+        """How a field is called in the whole request, as the client spells it."""
+        name = self._spelled.get(name, name)
         return f"{self.within}.{name}" if self.within else name
 
     def value(self, name: str) -> Any:

@@ -12,8 +12,9 @@ from mlx_adapters.generation.requests import Token
 from mlx_adapters.models.model import Model
 from mlx_adapters.protocols.chat import Body, Writer
 from mlx_adapters.protocols.conversation import Conversation, read_messages, read_tools
+from mlx_adapters.protocols.errors import ApiError
 from mlx_adapters.protocols.fields import Fields
-from mlx_adapters.protocols.options import Asked, ResponseFormat, read_format, read_sampling
+from mlx_adapters.protocols.options import Asked, ResponseFormat, read_format, read_logprobs, read_sampling
 
 SPELLED = {"repeat_penalty": "repetition_penalty", "repeat_last_n": "repetition_context_size"}
 TEMPERATURE = 0.8  # Ollama's default
@@ -27,7 +28,15 @@ OF_THE_MACHINE = (
     "low_vram",
     "num_keep",
     "numa",
+    "use_mlock",
+    "f16_kv",
+    "num_gqa",
+    "vocab_only",
+    "logits_all",
+    "mirostat_eta",  # of mirostat, which is refused
+    "mirostat_tau",
 )
+EFFORTS = ("low", "medium", "high")
 
 
 def ollama_name(fields: Fields) -> str:
@@ -38,8 +47,7 @@ def ollama_name(fields: Fields) -> str:
 
 def read_ollama(fields: Fields, chat: bool, vocabulary: int) -> tuple[Asked, Conversation]:
     """The checked request. Raises ApiError 400."""
-    given = fields.take("options", dict, {})
-    options = fields.part({SPELLED.get(name, name): value for name, value in given.items()}, "options")
+    options = fields.part(_penalized(fields.take("options", dict, {})), "options", SPELLED)
     most = options.take("num_predict", int, -1)
     asked = Asked(
         model=ollama_name(fields),
@@ -48,17 +56,14 @@ def read_ollama(fields: Fields, chat: bool, vocabulary: int) -> tuple[Asked, Con
         include_usage=True,
         max_tokens=most if most > 0 else None,
         sampling=read_sampling(options, vocabulary, TEMPERATURE),
-        logprobs=None,
+        logprobs=read_logprobs(fields),
         format=_format(fields.value("format")),
     )
     for name in OF_THE_MACHINE:
         options.value(name)
     options.refuse_rest()
     fields.value("keep_alive")
-    thinking = fields.value("think")
-    arguments: Body = {} if thinking is None else {"enable_thinking": bool(thinking)}
-    if isinstance(thinking, str):
-        arguments["reasoning_effort"] = thinking
+    arguments = _thinking(fields.value("think"))
     if chat:
         tools = read_tools(fields.value("tools"))
         return asked, Conversation(read_messages(_named(fields.value("messages"))), tools, "auto", True, arguments)
@@ -66,6 +71,26 @@ def read_ollama(fields: Fields, chat: bool, vocabulary: int) -> tuple[Asked, Con
     first = [{"role": "system", "content": system}] if system else []
     messages = read_messages([*first, {"role": "user", "content": fields.take("prompt", str)}], "prompt")
     return asked, Conversation(messages, [], "none", False, arguments)
+
+
+def _penalized(options: Body) -> Body:
+    """Options whose `repeat_last_n` is a number of tokens: 0 penalizes nothing, -1 looks at all."""
+    last = options.get("repeat_last_n")
+    if type(last) is not int or last not in (0, -1):
+        return options
+    off = {"repeat_last_n"} if last else {"repeat_last_n", "repeat_penalty", "presence_penalty", "frequency_penalty"}
+    return {name: value for name, value in options.items() if name not in off}
+
+
+def _thinking(value: Any) -> Body:
+    """What `think` means to a chat template."""
+    if value is None:
+        return {}
+    if isinstance(value, bool):
+        return {"enable_thinking": value}
+    if value not in EFFORTS:
+        raise ApiError(400, f"'think' must be true, false or one of {', '.join(EFFORTS)}.", param="think")
+    return {"enable_thinking": True, "reasoning_effort": value}
 
 
 def read_embed(fields: Fields) -> int | None:
@@ -101,6 +126,8 @@ def _format(value: Any) -> ResponseFormat | None:
         return None
     if value == "json":
         return read_format({"type": "json_object"}, "format")
+    if not isinstance(value, dict):
+        raise ApiError(400, "'format' must be 'json' or a JSON schema.", param="format")
     return read_format({"type": "json_schema", "schema": value}, "format")
 
 
@@ -114,6 +141,7 @@ class OllamaWriter(Writer):
         super().__init__(*given, **more)
         self._start = time.monotonic_ns()
         self._first: int | None = None
+        self._tokens: list[Token] = []  # that no line told of yet
 
     def frame(self, chunk: Body) -> bytes:
         """One line."""
@@ -128,31 +156,36 @@ class OllamaWriter(Writer):
     def whole(self, answers: Sequence[Answer], usage: Body) -> Body:
         """The body of an answer that is not streamed."""
         (answer,) = answers
-        return self._line(answer.content, answer.reasoning, answer.calls) | self._ending(answer, usage)
+        line = self._line(answer.content, answer.reasoning, answer.calls, answer.tokens)
+        return line | self._ending(answer, usage)
 
     def piece(
         self, index: int, parts: Sequence[Part | ToolCall], tokens: Sequence[Token], answer: Answer
     ) -> Iterator[Body]:
         """The lines that tell of a piece."""
+        self._tokens += tokens
         for part in parts:
+            told, self._tokens = self._tokens, []
             if isinstance(part, ToolCall):
-                yield self._line("", "", [part])
+                yield self._line("", "", [part], told)
             else:
                 content, reasoning = (part.text, "") if part.kind == "content" else ("", part.text)
-                yield self._line(content, reasoning, [])
+                yield self._line(content, reasoning, [], told)
 
     def end(self, answers: Sequence[Answer], usage: Body) -> Iterator[Body]:
         """The last line."""
         (answer,) = answers
-        yield self._line("", "", []) | self._ending(answer, usage)
+        yield self._line("", "", [], self._tokens) | self._ending(answer, usage)
 
     @classmethod
     def loaded(cls, model: str) -> Body:
         """The body for a request without a prompt, which asks for the model to be in memory."""
         return cls._said(model, "", "", []) | {"done": True, "done_reason": "load"}
 
-    def _line(self, content: str, reasoning: str, calls: Sequence[ToolCall]) -> Body:
-        return self._said(self.model, content, reasoning, calls)
+    def _line(self, content: str, reasoning: str, calls: Sequence[ToolCall], tokens: Sequence[Token]) -> Body:
+        logprobs = self._logprobs(0, tokens)
+        line = self._said(self.model, content, reasoning, calls)
+        return line | {"logprobs": logprobs["content"]} if logprobs else line
 
     @classmethod
     def _said(cls, model: str, content: str, reasoning: str, calls: Sequence[ToolCall]) -> Body:

@@ -54,7 +54,7 @@ def read_options(fields: Fields, chat: bool, vocabulary: int) -> Asked:
     echo = False if chat else fields.take("echo", bool, False)
     limit = fields.take("max_completion_tokens", int, None, 1)
     most = fields.take("max_tokens", int, None, 0 if echo else 1)
-    logprobs = _logprobs(fields, chat)
+    logprobs = read_logprobs(fields) if chat else fields.take("logprobs", int, None, 0, MAX_TOP_LOGPROBS)
     return Asked(
         model=model,
         user=fields.take("user", str),
@@ -131,9 +131,8 @@ def _logit_bias(fields: Fields, vocabulary: int) -> dict[str, float]:
     return biases
 
 
-def _logprobs(fields: Fields, chat: bool) -> int | None:
-    if not chat:
-        return fields.take("logprobs", int, None, 0, MAX_TOP_LOGPROBS)
+def read_logprobs(fields: Fields) -> int | None:
+    """How many likeliest tokens a chat is told with each token; None: no log-probabilities. Raises ApiError 400."""
     wanted, top = fields.take("logprobs", bool, False), fields.take("top_logprobs", int, 0, 0, MAX_TOP_LOGPROBS)
     if top and not wanted:
         raise ApiError(400, "'top_logprobs' needs 'logprobs': true.", param="top_logprobs")

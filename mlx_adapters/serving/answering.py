@@ -104,6 +104,10 @@ class Answering:
             name = self.engine.catalog.resolve(ollama_name(fields), None)
             return JSONResponse(writer.loaded(name))
         raw = not writer.chat and fields.take("raw", bool, False)
+        if raw and fields.raw.get("system"):
+            raise ApiError(
+                400, "With 'raw' the prompt is all that is read: there is no place for 'system'.", param="system"
+            )
         asked, talk = read_ollama(fields, writer.chat, self.model.vocabulary)
         fields.refuse_rest()
         if not raw:
@@ -117,19 +121,21 @@ class Answering:
         fields = await self.fields(request)
         name = fields.model()
         given = read_prompts(fields.value("input"), self.model.vocabulary, "input")
-        packed = fields.take("encoding_format", str, "float") == "base64"
+        packed = fields.take("encoding_format", str, "float")
+        if packed not in ("float", "base64"):
+            raise ApiError(400, "'encoding_format' must be 'float' or 'base64'.", param="encoding_format")
         user, width = fields.take("user", str), fields.take("dimensions", int, None, 1)
         fields.refuse_rest()
         model = self.engine.catalog.resolve(name, user)
         vectors, tokens = await self._embedded(model, given, width, "input")
-        return JSONResponse(embeddings_body(vectors, model, tokens, packed))
+        return JSONResponse(embeddings_body(vectors, model, tokens, packed == "base64"))
 
     async def ollama_embed(self, request: Request) -> Response:
         """POST /api/embed, and /api/embeddings, what it was before: of one text."""
         fields, began = await self.fields(request), time.monotonic_ns()
         name, alone = ollama_name(fields), request.url.path.endswith("/embeddings")
         where = "prompt" if alone else "input"
-        given = read_prompts(fields.value(where), self.model.vocabulary, where)
+        given = read_prompts(fields.take(where, str) if alone else fields.value(where), self.model.vocabulary, where)
         width = read_embed(fields)
         fields.refuse_rest()
         model = self.engine.catalog.resolve(name, None)

@@ -316,3 +316,58 @@ def test_an_error_after_the_beginning_of_a_response_is_an_event():
     name, data = writer.frame({"error": error}).decode().strip().split("\n")
     assert name == "event: error"
     assert json.loads(data.removeprefix("data: ")) == error | {"type": "error", "sequence_number": 4}
+
+
+def test_ollamas_log_probabilities_are_openais_whole_and_by_lines(server, client):
+    talk = [{"role": "user", "content": "Name a colour ü😀"}]
+    chat = client.chat.completions.create(
+        model="a", messages=talk, temperature=0, max_tokens=6, logprobs=True, top_logprobs=2, extra_body=QUIET
+    )
+    wanted = [entry.model_dump() for entry in chat.choices[0].logprobs.content]
+    options = {"temperature": 0, "num_predict": 6}
+    asked = {"model": "a", "options": options, "think": False, "logprobs": True, "top_logprobs": 2}
+    for path, given in (("chat", {"messages": talk}), ("generate", {"prompt": talk[0]["content"]})):
+        post = lambda path=path, **body: httpx.post(f"{server[0]}/api/{path}", json=body)  # noqa: E731
+        whole = post(**asked, **given, stream=False).json()
+        assert len(wanted) == 6 and whole["logprobs"] == wanted
+        lines = [json.loads(line) for line in post(**asked, **given).text.splitlines()]
+        assert [entry for line in lines for entry in line.get("logprobs", [])] == whole["logprobs"]
+        assert "logprobs" not in post(**asked | {"logprobs": False, "top_logprobs": 0}, **given, stream=False).json()
+        assert "'logprobs'" in post(**asked | {"logprobs": False}, **given).json()["error"]
+        assert "20" in post(**asked | {"top_logprobs": 21}, **given).json()["error"]
+
+
+def test_what_ollamas_clients_send_is_told_of_in_their_names(server):
+    body = {"model": "a", "messages": [{"role": "user", "content": "Who?"}], "think": False, "stream": False}
+
+    def said(path="chat", options=None, **more):
+        options = {"temperature": 0, "num_predict": 8} | (options or {})
+        return httpx.post(f"{server[0]}/api/{path}", json=body | {"options": options} | more).json()
+
+    plain = said()["message"]["content"]
+    for options in ({"repeat_last_n": 0, "repeat_penalty": 50.0, "presence_penalty": 90}, {"repeat_last_n": -1}):
+        assert said(options=options)["message"]["content"] == plain
+    strong = {"repeat_penalty": 50.0}
+    everywhere = said(options=strong)["message"]["content"]
+    assert everywhere != plain and said(options=strong | {"repeat_last_n": -1})["message"]["content"] == everywhere
+    machine = {"use_mlock": True, "f16_kv": True, "num_gqa": 1, "penalize_newline": True, "mirostat_tau": 5.0}
+    assert said(options=machine)["message"]["content"] == plain
+    for name, value in (("repeat_last_n", -2), ("repeat_last_n", "x"), ("repeat_penalty", -1)):
+        assert f"'options.{name}'" in said(options={name: value})["error"]
+    for wrong in ("banana", 3, "", ["low"]):
+        assert "'think' must be" in said(think=wrong)["error"]
+    for wrong in ("yaml", 5):
+        assert "'format' must be 'json'" in said(format=wrong)["error"]
+    prompt = {"prompt": "Who?", "raw": True, "messages": None}
+    assert said("generate", **prompt, think=None)["response"]
+    assert "'system'" in said("generate", **prompt, think=None, system="Be brief.")["error"]
+    for wrong in (["Who?", "What?"], [1, 2]):  # one text alone, as there: the others' vectors would be lost
+        told = httpx.post(server[0] + "/api/embeddings", json={"model": "a", "prompt": wrong}).json()
+        assert "'prompt' must be a string" in told["error"]
+
+
+def test_an_encoding_of_vectors_that_there_is_not_is_refused(server):
+    asked = {"model": "a", "input": "Who?"}
+    post = lambda **more: httpx.post(server[0] + "/v1/embeddings", json=asked | more)  # noqa: E731
+    assert post(encoding_format="float").json()["data"] == post().json()["data"]
+    assert post(encoding_format="int8").json()["error"]["param"] == "encoding_format"
