@@ -76,14 +76,14 @@ def call_rules(
 
 def _arguments(tool: Mapping[str, Any]) -> str:
     function = tool["function"]
-    schema = function.get("parameters") or {"type": "object", "additionalProperties": False}
-    return _json({"type": "object", **schema}, bool(function.get("strict")))
+    schema = function.get("parameters") or {"additionalProperties": False}
+    return _json({**schema, "type": "object"}, bool(function.get("strict")))
 
 
 def check_arguments(tool: Mapping[str, Any], where: str) -> None:
-    """`check_schema` of a tool's parameters."""
+    """`check_schema` of a tool's parameters, which are an object."""
     function = tool["function"]
-    check_schema(function.get("parameters") or {}, where, bool(function.get("strict")))
+    check_schema({**(function.get("parameters") or {}), "type": "object"}, where, bool(function.get("strict")))
 
 
 def _json(schema: Mapping[str, Any], strict: bool) -> str:

@@ -105,8 +105,12 @@ def read_tools(value: Any) -> list[dict[str, Any]]:
             raise ApiError(
                 400, f"'{where}.function.name' must be a name without spaces, quotes or brackets.", param=where
             )
-        if not isinstance(function.get("parameters"), dict | None):
+        schema = function.get("parameters")
+        if not isinstance(schema, dict | None):
             raise ApiError(400, f"'{where}.function.parameters' must be a JSON schema.", param=where)
+        kinds = (schema or {}).get("type")
+        if kinds not in (None, "object") and not (isinstance(kinds, list) and "object" in kinds):
+            raise ApiError(400, f"'{where}.function.parameters' must be the schema of an object.", param=where)
         if function.get("strict"):
             with told_as(f"{where}.function.parameters"):
                 check_arguments(tool, f"{where}.function.parameters")
@@ -118,7 +122,8 @@ def read_tools(value: Any) -> list[dict[str, Any]]:
 
 def read_choice(fields: Fields, tools: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], Choice, bool]:
     """The tools that may be called, whether one must be, and whether several at once. Raises ApiError 400."""
-    choice, parallel = fields.value("tool_choice"), fields.take("parallel_tool_calls", bool, True)
+    older, parallel = fields.value("function_call"), fields.take("parallel_tool_calls", bool, True)
+    choice = older if fields.value("tool_choice") is None else fields.value("tool_choice")
     if not isinstance(choice, Mapping):
         return *_by_word(tools, choice), parallel
     if choice.get("type") == "allowed_tools":

@@ -17,7 +17,6 @@ KINDS = {int: "an integer", float: "a number", str: "a string", bool: "a boolean
 # Options we do not have -> the values that mean "not used".
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
-    "function_call": ("none", "auto"),
     "modalities": (["text"],),
     "verbosity": ("medium",),
     "use_beam_search": (False,),

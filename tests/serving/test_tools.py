@@ -198,3 +198,36 @@ def test_grammars_change_no_other_row(server, ask):
 def said(answer):
     message = answer.choices[0].message
     return message.content, [(c.function.name, c.function.arguments) for c in message.tool_calls or []]
+
+
+def test_arguments_are_an_object_and_a_schema_of_anything_else_is_refused(ask):
+    def tool(parameters):
+        return [{"type": "function", "function": {"name": "look", "parameters": parameters}}]
+
+    for kind in ("string", "objec", ["string", "null"]):
+        with pytest.raises(openai.BadRequestError, match="must be the schema of an object") as refused:
+            ask(tools=tool({"type": kind}))
+        assert refused.value.param == "tools[0]"
+    for odd in ({"anyOf": [{"type": "string"}, {"type": "integer"}]}, {"enum": [1]}):
+        with pytest.raises(openai.BadRequestError) as refused:
+            ask(tools=tool(odd), tool_choice="required")
+        assert refused.value.param == "tools[0].function.parameters" and "grammar" not in str(refused.value)
+    either = {"type": ["object", "string", "null"], "maxProperties": 0}
+    for seed in range(4):
+        message = (
+            ask(tools=tool(either), tool_choice="required", parallel_tool_calls=False, seed=seed).choices[0].message
+        )
+        assert [call.function.arguments for call in message.tool_calls] == ["{}"]
+
+
+def test_the_older_choice_of_a_function_is_the_choice_of_a_tool(ask):
+    old = dict(
+        functions=[LOOK["function"], LOOK["function"] | {"name": "hear"}], max_tokens=200, parallel_tool_calls=False
+    )
+    (call,) = ask(**old, function_call={"name": "hear"}).choices[0].message.tool_calls
+    assert call.function.name == "hear"
+    free = dict(max_tokens=4, temperature=0)
+    assert ask(**old | free, function_call="none").usage == ask(**free).usage  # the model is told of none
+    assert ask(**old | free, function_call="auto").usage.prompt_tokens > ask(**free).usage.prompt_tokens
+    with pytest.raises(openai.BadRequestError, match="'nothing'"):
+        ask(**old, function_call={"name": "nothing"})
