@@ -140,15 +140,12 @@ class ResponseWriter(Writer):
         return f"event: {chunk['type']}\ndata: {json.dumps(chunk)}\n\n".encode()
 
     def whole(self, answers: Sequence[Answer], usage: Body) -> Body:
-        """The body of a response that is not streamed."""
+        """The body of a response that is not streamed: that which ends its stream."""
         (answer,) = answers
-        items: list[Body] = []
-        for kind, text in (("reasoning", answer.reasoning), ("content", answer.content)):
-            if text:
-                tokens = answer.tokens[answer.reasoning_tokens :] if kind == "content" else []
-                items.append(_item(kind, text, "completed", self._entries(tokens)))
-        items += [_call(call, "completed") for call in answer.calls]
-        return self._response(items, answer, usage)
+        for parts, tokens in answer.pieces:
+            list(self.piece(0, parts, tokens, answer))
+        body: Body = list(self.end(answers, usage))[-1]["response"]
+        return body
 
     def begin(self, choices: int) -> Iterator[Body]:
         """The events that come first."""
@@ -164,6 +161,7 @@ class ResponseWriter(Writer):
             if isinstance(part, ToolCall):
                 yield from self._close()
                 yield from self._called(part)
+                self._tokens = []  # the call's
                 continue
             entries, self._tokens = self._entries(self._tokens if part.kind == "content" else []), []
             if self._open is None or self._open[0] != part.kind:
@@ -176,6 +174,8 @@ class ResponseWriter(Writer):
 
     def end(self, answers: Sequence[Answer], usage: Body) -> Iterator[Body]:
         """The events that come last."""
+        if self._open and self._open[0] == "content":
+            self._told += self._entries(self._tokens)  # of a stop word, say: they wrote no text
         yield from self._close()
         (answer,) = answers
         response = self._response(self._items, answer, usage)

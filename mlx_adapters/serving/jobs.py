@@ -300,7 +300,8 @@ class Reply:
         answer = self.answers[index]
         self.told["completion_tokens"] += answer.count(made)
         answer.tokens += tokens
-        return index, answer.add(text, reason), tokens
+        answer.pieces.append((answer.add(text, reason), tokens))
+        return index, *answer.pieces[-1]
 
     @property
     def _usage(self) -> dict[str, Any]:

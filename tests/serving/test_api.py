@@ -8,7 +8,7 @@ import numpy as np
 import openai
 import pytest
 from helpers.adapters import random_adapter
-from helpers.chat_families import write_base
+from helpers.chat_families import chat_tokenizer, write_base
 from helpers.schemas import PERSON
 from helpers.serving import running
 
@@ -371,3 +371,32 @@ def test_an_encoding_of_vectors_that_there_is_not_is_refused(server):
     post = lambda **more: httpx.post(server[0] + "/v1/embeddings", json=asked | more)  # noqa: E731
     assert post(encoding_format="float").json()["data"] == post().json()["data"]
     assert post(encoding_format="int8").json()["error"]["param"] == "encoding_format"
+
+
+def test_items_of_a_response_are_in_the_order_in_which_they_were_written(client):
+    """The model begins with text and thinks later: each token belongs to the text that it wrote."""
+    tokenizer = chat_tokenizer("qwen3")
+    think = tokenizer.encode("<think>", add_special_tokens=False)[0]
+    asked = {"include": ["message.output_text.logprobs"], "temperature": 1, "max_output_tokens": 60}
+    seen = 0
+    for seed in range(6):
+        body = QUIET | {"seed": seed, "logit_bias": {str(think): 4}}
+        whole = respond(client, **asked, extra_body=body)
+        streamed = list(respond(client, **asked, extra_body=body, stream=True))[-1].response
+        items = [item.model_dump(exclude={"id"}) for item in whole.output]
+        assert items == [item.model_dump(exclude={"id"}) for item in streamed.output]
+        for item in whole.output:
+            if item.type == "message":
+                (part,) = item.content
+                assert part.logprobs[0].token.strip() in part.text[: len(part.logprobs[0].token)]
+        kinds = [item.type for item in whole.output]
+        seen += kinds[:2] == ["message", "reasoning"]
+    assert seen
+    stopped = {"stop": ["e", "an", "\n"], "seed": 9}  # a stop word's token is told of as in a chat
+    items = respond(client, **asked | {"temperature": 1}, extra_body=QUIET | stopped).output
+    chat = client.chat.completions.create(
+        model="base", messages=[{"role": "user", "content": "Who?"}], max_tokens=60, logprobs=True,
+        extra_body=QUIET | stopped,
+    ).choices[0]  # fmt: skip
+    told = [(one.token, one.logprob) for one in items[-1].content[0].logprobs]
+    assert chat.finish_reason == "stop" and told == [(one.token, one.logprob) for one in chat.logprobs.content]
