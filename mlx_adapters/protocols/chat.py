@@ -42,8 +42,8 @@ def usage(
 class Writer:
     """What is told of the answers of one request; `whole` at once, or `begin`, `piece` for each piece, and `end`.
 
-    `asks_in` is the field of the request that holds the conversation or the prompt. An answer that `continues` goes on
-    from a text, where a leading space means something.
+    `asks_in` is the field of the request that holds the conversation or the prompt, `limits` the one that
+    limits the answer. An answer that `continues` goes on from a text, where a leading space means something.
 
     Args:
         asked: the request.
@@ -55,7 +55,7 @@ class Writer:
 
     kind, chunk_kind, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl-"
     media_type, alive, last = "text/event-stream", b": keep-alive\n\n", b"data: [DONE]\n\n"
-    asks_in, continues = "messages", False
+    asks_in, limits, continues = "messages", "max_tokens", False
 
     def __init__(
         self,

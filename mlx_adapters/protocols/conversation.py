@@ -167,7 +167,8 @@ def read_template_arguments(fields: Fields) -> dict[str, Any]:
     thinking = fields.take("enable_thinking", bool)
     effort = fields.take("reasoning_effort", str)
     if effort is not None and effort not in EFFORTS:
-        raise ApiError(400, f"'reasoning_effort' must be one of {', '.join(EFFORTS)}.", param="reasoning_effort")
+        called = fields.name("reasoning_effort")
+        raise ApiError(400, f"'{called}' must be one of {', '.join(EFFORTS)}.", param=called)
     if thinking is not None:
         arguments.setdefault("enable_thinking", thinking)
     if effort is not None:  # templates of either kind: those with levels, and those that think or do not

@@ -34,6 +34,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "typical_p": (1,),
     "tfs_z": (1,),
     "mirostat": (0,),
+    "context": ("auto",),
+    "mode": ("standard",),
     "penalize_newline": (True,),
     "top_a": (0,),
     "background": (False,),

@@ -134,7 +134,7 @@ def _format(value: Any) -> ResponseFormat | None:
 class OllamaWriter(Writer):
     """Lines of JSON; `chat` False: of /api/generate."""
 
-    chat = True
+    chat, limits = True, "options.num_predict"
     media_type, alive, last = "application/x-ndjson", b"", b""
 
     def __init__(self, *given: Any, **more: Any) -> None:

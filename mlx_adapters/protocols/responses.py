@@ -46,7 +46,11 @@ def read_response(fields: Fields, vocabulary: int) -> tuple[Asked, Conversation]
     text = fields.part(fields.take("text", dict, {}), "text")
     format = read_format(text.value("format"), "text.format")
     text.refuse_rest()
-    reasoning = fields.take("reasoning", dict, {})
+    reasoning = fields.part(fields.take("reasoning", dict, {}), "reasoning")
+    effort = reasoning.take("effort", str)
+    for name in ("summary", "generate_summary"):  # what is thought is told whole
+        reasoning.value(name)
+    reasoning.refuse_rest()
     asked = Asked(
         model=model,
         user=fields.take("user", str),
@@ -58,9 +62,8 @@ def read_response(fields: Fields, vocabulary: int) -> tuple[Asked, Conversation]
         format=format,
     )
     fields.value("stream_options"), fields.value("max_tool_calls")  # of tools that OpenAI carries out
-    arguments = read_template_arguments(
-        Fields({**fields.raw, "reasoning_effort": fields.raw.get("reasoning_effort", reasoning.get("effort"))})
-    )
+    own = {} if "reasoning_effort" in fields.raw else {"reasoning.effort": effort}
+    arguments = read_template_arguments(Fields({**fields.raw, **own}, spelled={"reasoning.effort": "reasoning_effort"}))
     for name in ("chat_template_kwargs", "enable_thinking", "reasoning_effort"):
         fields.value(name)
     choice = read_choice(fields, read_tools(_nested(fields.value("tools"))))
@@ -120,7 +123,7 @@ class ResponseWriter(Writer):
 
     prefix = "resp_"
     last = b""
-    asks_in = "input"
+    asks_in, limits = "input", "max_output_tokens"
 
     def __init__(self, request: Mapping[str, Any], *given: Any, **more: Any) -> None:
         super().__init__(*given, **more)

@@ -230,7 +230,7 @@ class Answering:
         for prompt in prompts:
             if not all(token < self.model.vocabulary for token in prompt):
                 raise ApiError(400, "The text has tokens that the model does not know.", param=writer.asks_in)
-            limit = self.token_limit(asked, len(prompt), writer.asks_in)
+            limit = self.token_limit(asked, len(prompt), writer)
             for number in range(asked.choices):
                 seed = asked.sampling.seed
                 how = replace(asked.sampling, max_tokens=limit, seed=None if seed is None else (seed + number) % 2**63)
@@ -254,8 +254,9 @@ class Answering:
         with told_as("response_format"):
             return await asyncio.to_thread(self.grammars.constraint, grammar)
 
-    def token_limit(self, asked: Asked, prompt_tokens: int, where: str) -> int:
+    def token_limit(self, asked: Asked, prompt_tokens: int, writer: Writer) -> int:
         """How many tokens may be written. Raises ApiError 400 beyond the context or the server's limit."""
+        where, limit = writer.asks_in, writer.limits
         wanted = max(asked.max_tokens, 1) if asked.max_tokens is not None else None
         try:
             room = self.model.room(prompt_tokens, wanted or min(DEFAULT_MAX_TOKENS, self.settings.max_tokens))
@@ -270,5 +271,5 @@ class Answering:
                 code="context_length_exceeded",
             )
         if (wanted or 0) > self.settings.max_tokens:
-            raise ApiError(400, f"max_tokens may be at most {self.settings.max_tokens} here.", param="max_tokens")
+            raise ApiError(400, f"'{limit}' may be at most {self.settings.max_tokens} here.", param=limit)
         return room

@@ -90,7 +90,9 @@ class Server:
             Route("/v1/adapters/{name}", self.guarded(self.remove_adapter), methods=["DELETE"]),
         ]
         handlers: dict[Any, Any] = {
-            status: lambda request, _, error=error: error_response(error, request.url.path)
+            status: lambda request, why, error=error: error_response(
+                error, request.url.path, getattr(why, "headers", None)
+            )
             for status, error in (
                 (404, ApiError(404, "There is no such path.", code="not_found")),
                 (405, ApiError(405, "This path does not take this method.")),
@@ -235,9 +237,11 @@ class Server:
         """vLLM's form of it."""
         self.check_loading()
         fields = await self.answering.fields(request)
-        name = fields.take("lora_name", str, "")
+        name = fields.take("lora_name", str)
         fields.value("lora_int_id")
         fields.refuse_rest()
+        if not name:
+            raise ApiError(400, "'lora_name' must be provided.", param="lora_name")
         self.unload(name)
         return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
 

@@ -84,7 +84,9 @@ class Catalog:
         if name != self.base_name and name not in self.served:
             hint = did_you_mean(name, self.names)
             message = f"The model '{name[:100]}' does not exist. Served: {', '.join(self.names)}."
-            raise ApiError(404, message + (f" {hint}" if hint else ""), param="model", code="model_not_found")
+            raise ApiError(
+                404, message + (f" {hint[0].upper()}{hint[1:]}" if hint else ""), param="model", code="model_not_found"
+            )
         return name
 
     def require_new(self, name: str) -> None:

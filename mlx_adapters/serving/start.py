@@ -213,6 +213,15 @@ def connections(settings: ServeSettings) -> type:
             elif self.speaking is None:
                 self._await_request()
 
+        def send_400_response(self, msg: str) -> None:
+            """End a connection whose request turns out to be no HTTP; who answers it already says nothing more."""
+            answering = self.cycle
+            if answering is None or not answering.response_started:
+                super().send_400_response(msg)
+            if answering is not None:
+                answering.disconnected = True
+                self.transport.close()
+
         def pause_writing(self) -> None:
             super().pause_writing()
             self.reading = self.reading or self.loop.call_later(settings.write_seconds, self.transport.abort)

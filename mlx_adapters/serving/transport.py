@@ -13,7 +13,7 @@ import json
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
@@ -115,6 +115,9 @@ class AccessLog:
 def _plain(value: Any) -> str:
     text = str(value)
     return text if text.isprintable() and " " not in text and text else json.dumps(text)
+
+
+TOLD_WITH = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}  # the header that goes with a status
 
 
 class Guard:
@@ -232,9 +235,9 @@ async def read_body(request: Request, limit: int) -> bytes:
     return bytes(body)
 
 
-def error_response(error: ApiError, path: str = "") -> JSONResponse:
+def error_response(error: ApiError, path: str = "", headers: Mapping[str, str] | None = None) -> JSONResponse:
     """A refusal in OpenAI's form; on Ollama's paths in theirs, a text, with what else OpenAI's tells beside it."""
-    headers = {"Retry-After": "1"} if error.status == 429 else {}
+    headers = {**(headers or {}), **TOLD_WITH.get(error.status, {})}
     told = error.body["error"]
     body = {**told, "error": told.pop("message")} if path.startswith("/api/") else error.body
     return JSONResponse(body, error.status, headers)

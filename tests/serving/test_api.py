@@ -400,3 +400,36 @@ def test_items_of_a_response_are_in_the_order_in_which_they_were_written(client)
     ).choices[0]  # fmt: skip
     told = [(one.token, one.logprob) for one in items[-1].content[0].logprobs]
     assert chat.finish_reason == "stop" and told == [(one.token, one.logprob) for one in chat.logprobs.content]
+
+
+def test_what_a_response_asks_of_the_reasoning_is_refused_by_its_place(server):
+    post = lambda **reasoning: httpx.post(  # noqa: E731
+        server[0] + "/v1/responses",
+        json={"model": "a", "input": "Who?", "max_output_tokens": 2, "reasoning": reasoning},
+    )
+    assert post(effort="low", summary="auto", context="auto", mode="standard").status_code == 200
+    for wrong in ({"effort": "mega"}, {"effort": 3}, {"efort": "low"}, {"context": "all_turns"}):
+        (name,) = wrong
+        assert post(**wrong).json()["error"]["param"] == f"reasoning.{name}"
+        assert f"reasoning.{name}" in post(**wrong).json()["error"]["message"]
+
+
+def test_an_adapter_to_unload_must_be_named(server):
+    assert httpx.post(server[0] + "/v1/unload_lora_adapter", json={}).status_code == 400
+    told = httpx.post(server[0] + "/v1/completions", json={"model": "bases", "prompt": "x"}).json()["error"]["message"]
+    assert told.endswith(". Did you mean 'base'?")
+
+
+def test_the_servers_limit_is_told_of_by_the_clients_own_name(tmp_path):
+    talk = [{"role": "user", "content": "Who?"}]
+    with running(write_base(tmp_path / "qwen3", "qwen3"), [], max_tokens=64) as (address, _):
+        for path, name, body in (
+            ("/v1/chat/completions", "max_tokens", {"messages": talk, "max_tokens": 65}),
+            ("/v1/completions", "max_tokens", {"prompt": "Who?", "max_tokens": 65}),
+            ("/v1/responses", "max_output_tokens", {"input": "Who?", "max_output_tokens": 65}),
+            ("/api/chat", "options.num_predict", {"messages": talk, "options": {"num_predict": 65}}),
+            ("/api/generate", "options.num_predict", {"prompt": "Who?", "options": {"num_predict": 65}}),
+        ):
+            told = httpx.post(address + path, json={"model": "base", **body}).json()
+            told = told if path.startswith("/api/") else told["error"]
+            assert told["param"] == name and f"'{name}' may be at most 64 here." in (told.get("error"), told["message"])

@@ -234,3 +234,25 @@ def test_a_request_is_counted_before_its_answer_ends(server, monkeypatch):
     before = sum(counted.values())
     assert httpx.post(server[0] + PATH, json=CHAT).status_code == 200
     assert [count for reason, count in counts if reason] == [before + 1]
+
+
+def test_what_is_no_http_after_its_head_is_closed_without_a_traceback(server, caplog):
+    head = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+    for body in (b"zz\r\n", b"-1\r\nx\r\n"):
+        assert raw(server[0], head + body).startswith(b"HTTP/1.1 400")
+    host, port = server[0].removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=5) as connection:
+        connection.sendall(head)
+        assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+        connection.sendall(b"zz\r\n")
+        while connection.recv(65536):
+            pass
+    assert httpx.get(server[0] + "/v1/models").status_code == 200
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+def test_a_refusal_comes_with_the_header_of_its_status(server, tiny_model):
+    assert set(httpx.get(server[0] + PATH).headers["allow"].split(", ")) == {"POST"}
+    with running(tiny_model("llama"), [], api_keys=("sesame",)) as (address, _):
+        refused = httpx.get(address + "/v1/models")
+        assert (refused.status_code, refused.headers["www-authenticate"]) == (401, "Bearer")
