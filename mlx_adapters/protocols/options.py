@@ -12,7 +12,7 @@ from mlx_adapters.config.sampling import Sampling
 from mlx_adapters.protocols.errors import ApiError, told_as
 from mlx_adapters.protocols.fields import Fields
 
-MAX_STOPS, MAX_STOP_LENGTH, MAX_TOP_LOGPROBS, MAX_CHOICES = 1024, 1024, 20, 128
+MAX_STOPS, MAX_STOP_LENGTH, MAX_TOP_LOGPROBS, MAX_CHOICES, MAX_PROMPTS = 1024, 1024, 20, 128, 1024
 WINDOWS = ("repetition_context_size", "presence_context_size", "frequency_context_size")
 
 
@@ -164,10 +164,13 @@ def read_prompts(value: Any, vocabulary: int, name: str = "prompt") -> list[str 
     """The checked prompts of a completion: texts or token ids, one or several. Raises ApiError 400."""
     several = isinstance(value, list) and len(value) > 0 and all(isinstance(one, str | list) for one in value)
     prompts = value if several else [value]
-    if len(prompts) <= 1024 and all(_is_prompt(prompt, vocabulary) for prompt in prompts):
+    if len(prompts) <= MAX_PROMPTS and all(_is_prompt(prompt, vocabulary) for prompt in prompts):
         return list(prompts)
     raise ApiError(
-        400, f"'{name}' must be a text or a list of token ids below {vocabulary}, or a list of these.", param=name
+        400,
+        f"'{name}' must be a text that is not empty or a list of token ids below {vocabulary}, or a list of up to "
+        f"{MAX_PROMPTS} of these.",
+        param=name,
     )
 
 

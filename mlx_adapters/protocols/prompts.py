@@ -103,6 +103,9 @@ def prepared(
     with told_as("chat_template_kwargs"):
         given = TemplateConfig(chat_template_args=talk.arguments)
     template = given.over(model.template).over(own).chat_template
+    written = template if template is not None else getattr(tokenizer, "chat_template", None)
+    if isinstance(written, str) and "prefix" not in written and any(m.get("prefix") for m in talk.messages):
+        raise ApiError(400, f"'{where}' has a 'prefix', which this model's template does not know.", param=where)
     called = talk.tools or any(m["role"] == "tool" or m.get("tool_calls") for m in talk.messages)
     format = tool_format(tokenizer, template) if called else None
     messages, tools = with_tools(talk.messages, talk.tools, format) if format else (talk.messages, None)

@@ -371,6 +371,9 @@ def test_an_encoding_of_vectors_that_there_is_not_is_refused(server):
     post = lambda **more: httpx.post(server[0] + "/v1/embeddings", json=asked | more)  # noqa: E731
     assert post(encoding_format="float").json()["data"] == post().json()["data"]
     assert post(encoding_format="int8").json()["error"]["param"] == "encoding_format"
+    for wrong in (["x"] * 1025, "", [""]):
+        told = post(input=wrong).json()["error"]["message"]
+        assert "not empty" in told and "up to 1024" in told
 
 
 def test_items_of_a_response_are_in_the_order_in_which_they_were_written(client):

@@ -157,6 +157,7 @@ def test_a_conversation_with_calls_and_results(ask):
             "tools[0].function.parameters",
         ),
         ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"messages": [*CHAT, {"role": "assistant", "content": "Once", "prefix": True}]}, "prefix"),
         ({"response_format": {"type": "json_schema"}}, "schema"),
         (
             {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "objct"}}}},
