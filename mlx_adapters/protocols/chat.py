@@ -77,8 +77,8 @@ class Writer:
         """One server-sent event."""
         return f"data: {json.dumps(chunk)}\n\n".encode()
 
-    def note_piece(self) -> None:
-        """A piece of an answer has come, streamed or not."""
+    def note_first(self, at: float | None) -> None:
+        """When an answer's first token was written (seconds of `time.monotonic`); its text may come much later."""
 
     def whole(self, answers: Sequence[Answer], usage: Body) -> Body:
         """The body of answers that are not streamed."""

@@ -149,9 +149,9 @@ class OllamaWriter(Writer):
             chunk = {"error": chunk["error"]["message"]}
         return json.dumps(chunk).encode() + b"\n"
 
-    def note_piece(self) -> None:
-        """From the first one on, tokens are written and no longer read."""
-        self._first = self._first or time.monotonic_ns()
+    def note_first(self, at: float | None) -> None:
+        """From then on tokens are written and no longer read."""
+        self._first = self._first or (None if at is None else int(at * 1e9))
 
     def whole(self, answers: Sequence[Answer], usage: Body) -> Body:
         """The body of an answer that is not streamed."""

@@ -291,7 +291,7 @@ class Reply:
         """Put a piece into its answer: which one that is, its new parts and tokens."""
         if isinstance(event, ApiError):
             raise event
-        self.writer.note_piece()
+        self.writer.note_first(job.first)
         text, tokens, made, reason = event.text, event.tokens, event.completion_tokens, event.finish_reason
         if self.asked.max_tokens == 0:  # the prompt's log-probabilities alone were asked for
             text, tokens, made = "", tuple(token for token in tokens if token.of_prompt), 0

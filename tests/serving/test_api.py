@@ -13,7 +13,9 @@ from helpers.schemas import PERSON
 from helpers.serving import running
 
 from mlx_adapters.generation.live import load_model
+from mlx_adapters.protocols.ollama import OllamaWriter
 from mlx_adapters.protocols.responses import ResponseWriter
+from mlx_adapters.serving.jobs import Job
 from mlx_adapters.sources.registry import register
 
 TOOL = {"type": "function", "name": "look", "parameters": PERSON, "strict": True}
@@ -436,3 +438,19 @@ def test_the_servers_limit_is_told_of_by_the_clients_own_name(tmp_path):
             told = httpx.post(address + path, json={"model": "base", **body}).json()
             told = told if path.startswith("/api/") else told["error"]
             assert told["param"] == name and f"'{name}' may be at most 64 here." in (told.get("error"), told["message"])
+
+
+def test_ollama_counts_writing_from_the_first_token_on_not_from_the_first_text(server, monkeypatch):
+    """The parts of characters are tokens without a text: all of it comes with the last one."""
+    tokenizer, told, jobs = server[1].model.tokenizer, [], []
+    part = next(i for i in range(server[1].model.vocabulary) if "\ufffd" in tokenizer.decode([i]))
+    ending, begun = OllamaWriter._ending, Job.begun
+    monkeypatch.setattr(
+        OllamaWriter, "_ending", lambda self, *given: told.append((self._first, given[0])) or ending(self, *given)
+    )
+    monkeypatch.setattr(Job, "begun", lambda self, metrics: jobs.append(self) or begun(self, metrics))
+    options = {"temperature": 0, "num_predict": 9, "logit_bias": {str(part): 100}}
+    body = {"model": "a", "messages": [{"role": "user", "content": "Who?"}], "options": options, "stream": False}
+    assert httpx.post(server[0] + "/api/chat", json=body | {"think": False}).json()["eval_count"] == 9
+    ((first, answer),), (job,) = told, jobs
+    assert len(answer.pieces) == 1 and first == int(job.first * 1e9)
