@@ -65,6 +65,12 @@ class Assembly:
     scales: mx.Dtype | None = None
     survival: list[Survival] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)  # layers that the numbers of their precision cannot hold
+    parameters: int = field(init=False)  # numbers in the model, a packed weight counted as the numbers it stands for
+
+    def __post_init__(self) -> None:
+        everything = tree_flatten(self.source.module.parameters())
+        rest = sum(value.size for name, value in everything if not is_weight_leaf(name, self._layer_paths))
+        self.parameters = rest + sum(plan.parameters for plan in self.plans)  # now: writing consumes the base
 
     @property
     def source(self) -> BaseWeights:
@@ -102,13 +108,6 @@ class Assembly:
             replace(plan, target=targets[plan.path], copied=False) if plan.path in targets else plan
             for plan in self.plans
         ]
-
-    @cached_property
-    def parameters(self) -> int:
-        """Numbers in the model, a packed weight counted as the numbers it stands for."""
-        everything = tree_flatten(self.source.module.parameters())
-        rest = sum(value.size for name, value in everything if not is_weight_leaf(name, self._layer_paths))
-        return rest + sum(plan.parameters for plan in self.plans)
 
     def size_bytes(self) -> int:
         """Bytes of all tensors that the plan writes."""

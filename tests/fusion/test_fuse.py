@@ -42,6 +42,16 @@ def test_unquantized_fuse_is_exact(tiny_model, tmp_path, architecture, bits, kin
     np.testing.assert_allclose(logits(tmp_path / "out"), wanted, atol=2e-5)
 
 
+@pytest.mark.parametrize("options", [FuseOptions(method="nearest", check=False), FuseOptions(calibration_rows=2)])
+@pytest.mark.parametrize("quantization", ["none", Quantization(4, 32)])
+def test_bits_per_weight_are_over_all_numbers_norms_too(tiny_model, tmp_path, quantization, options):
+    folder = tiny_model("mamba")  # whose convolutions and states no bits are for
+    result = fuse(folder, visible_adapter(folder), tmp_path / "out", quantization=quantization, options=options)
+    numbers = sum(value.size for _, value in tree_flatten(load_as_mlx_lm_does(folder)[0].parameters()))
+    assert result.bits_per_weight == 8 * result.size_bytes / numbers
+    assert quantization != "none" or result.bits_per_weight == 32
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_layer_is_what_mlx_would_quantize(tiny_model, tmp_path, architecture, bits):
