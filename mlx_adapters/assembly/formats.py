@@ -69,6 +69,7 @@ class MlxWriter:
     def write(self, assembly: Assembly, folder: Path, rounded: Rounded, on_event: OnEvent) -> Written:
         """Write the weights in shards, what is handed on, config.json, tokenizer and the like."""
         base, twins, config = assembly.base, self.twins(assembly), dict(assembly.base.config)
+        beside = self.beside_bytes(assembly)
         written = write_weights(folder, assembly.units(rounded), on_event)
         if assembly.dtype is not None:
             config |= {key: dtype_name(assembly.dtype) for key in ("torch_dtype", "dtype") if key in config}
@@ -78,7 +79,7 @@ class MlxWriter:
         quantization |= {twin: quantization[own] for twin, own in twins.items() if own in quantization}
         write_config(folder, config, quantization_with(others, base.config, quantization or None))
         copy_companions(base, folder)
-        return replace(written, notes=tuple(notes))
+        return replace(written, size_bytes=written.size_bytes + beside, beside_bytes=beside, notes=tuple(notes))
 
 
 class VlmWriter(MlxWriter):

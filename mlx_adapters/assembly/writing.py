@@ -45,10 +45,11 @@ class Unit:
 
 @dataclass(frozen=True)
 class Written:
-    """What a writer has written: bytes of the weights, what is to be told about the rest, and SHA-256 of files, if it
-    is known."""
+    """What a writer has written: bytes of the weights (`beside_bytes`: of those that mlx-lm does not use), what is to be
+    told about the rest, and SHA-256 of files, if it is known."""
 
     size_bytes: int
+    beside_bytes: int = field(default=0, kw_only=True)
     notes: tuple[str, ...] = ()
     sha256: Mapping[str, str] = field(default_factory=dict)
 
@@ -90,7 +91,8 @@ def write_weights(
     StorageError when the disk is too small, before anything is computed.
     """
     more = more or {}
-    total = sum(unit.size_bytes for unit in units) + sum(tensor.nbytes for tensor in more.values())
+    beside = sum(tensor.nbytes for tensor in more.values())
+    total = sum(unit.size_bytes for unit in units) + beside
     paths.require_free_space(folder, total + SPARE_BYTES)
     shards = make_shards(units, limit)
     index, hashes = dict[str, str](), dict[str, str]()
@@ -117,7 +119,7 @@ def write_weights(
         tensor_files.copy_tensors(folder / name, more, {"format": made_by})
         index |= dict.fromkeys(more, name)
     files.write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
-    return Written(total, sha256=hashes)
+    return Written(total, beside_bytes=beside, sha256=hashes)
 
 
 def _shard_name(number: int, count: int) -> str:

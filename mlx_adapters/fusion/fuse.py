@@ -150,7 +150,7 @@ def fuse(
             method="nearest" if writer.rounds and strategy.method == "none" else strategy.method,
             quantization=assembly.quantization,
             size_bytes=written.size_bytes,
-            bits_per_weight=8 * written.size_bytes / assembly.parameters,
+            bits_per_weight=8 * (written.size_bytes - written.beside_bytes) / assembly.parameters,
             survival=tuple(sorted(assembly.survival, key=lambda s: s.path)),
             fidelity=fidelity,
             text=strategy.text.describe() if strategy.text else None,

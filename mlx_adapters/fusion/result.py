@@ -28,7 +28,7 @@ class FuseResult(Table):
         method: how it was rounded: "nearest", "calibrated" or "none".
         quantization: bits, group size and mode as in the model's config; None if it is not quantized.
         size_bytes: of the weight files.
-        bits_per_weight: over all tensors.
+        bits_per_weight: over all tensors that mlx-lm uses.
         survival: for each changed layer, how much of the update the stored weights hold.
         fidelity: the distance to the adapter model on text kept aside; None if it was not checked.
         text: which text that was.

@@ -127,6 +127,7 @@ def test_a_vision_tower_under_its_own_names_goes_along(tmp_path: Path):
     (tmp_path / "hf" / "model.safetensors.index.json").unlink()
     made = fuse(tmp_path / "hf", visible_adapter(tmp_path / "hf"), tmp_path / "out", quantization="none", options=HF)
     assert made.notes == ("1 tensor (vision_tower) copied as in the base",)
+    assert made.bits_per_weight == 32
     names = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
     assert names == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
     last = tensor_files.read_safetensors(tmp_path / "out" / names[1])

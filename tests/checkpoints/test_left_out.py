@@ -59,6 +59,8 @@ def test_a_vision_tower_is_handed_on_as_it_is(architecture, asked, tmp_path):
     assert [note for note in result.notes if note not in alone.notes] == [
         "3 tensors (multi_modal_projector, vision_tower) copied as in the base; mlx-lm does not use them"
     ]
+    assert result.size_bytes == sum(array.nbytes for array in after.values())
+    assert result.bits_per_weight == alone.bits_per_weight
     index = files.read_json(tmp_path / "out" / "model.safetensors.index.json")["weight_map"]
     assert index.keys() == after.keys() and {index[name] for name in VISION} == {"other.safetensors"}
     assert files.read_json(tmp_path / "out" / "preprocessor_config.json") == {"size": 32}
