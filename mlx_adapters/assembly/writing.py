@@ -45,8 +45,8 @@ class Unit:
 
 @dataclass(frozen=True)
 class Written:
-    """What a writer has written: bytes of the weights (`beside_bytes`: of those that mlx-lm does not use), what is to be
-    told about the rest, and SHA-256 of files, if it is known."""
+    """What a writer has written: bytes of the weights (`beside_bytes`: of those that mlx-lm does not use), what is to
+    be told about the rest, and SHA-256 of files, if it is known."""
 
     size_bytes: int
     beside_bytes: int = field(default=0, kw_only=True)

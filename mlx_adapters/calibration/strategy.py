@@ -70,7 +70,7 @@ class Strategy:
         if self.trained_through and not self.mixed:
             self.on_event(Note(THROUGH))
             return "nearest"
-        return "calibrated" if any(target.bits < 8 for target in targets) else "nearest"
+        return "calibrated" if self.mixed or any(target.bits < 8 for target in targets) else "nearest"
 
     def warn(self, text: str) -> None:
         """Tell it now and in the result; `text` without a full stop."""
@@ -87,7 +87,7 @@ class Strategy:
                 self.assembly.base.check_tokens(tokens, text.source)
             return text
         except AdapterError as error:
-            if o.calibration is not None or o.method == "calibrated" or o.max_kl is not None:
+            if o.calibration is not None or o.method == "calibrated" or self.mixed:
                 raise
             self.warn(f"No calibration and no check: {error.message.removesuffix('.')}")
             self.method = "nearest" if self.method == "calibrated" else self.method

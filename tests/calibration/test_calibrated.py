@@ -281,6 +281,22 @@ def test_calibrated_float_modes(tiny_model, tmp_path, data, quantization):
     assert kl[1] < 0.7 * kl[0]
 
 
+@pytest.mark.parametrize("asked", ["max_kl", "budget_bits"])
+def test_8_bits_grow_too_where_they_are_to(tiny_model, tmp_path, data, home, asked):
+    folder = tiny_model("llama")
+    adapter = visible_adapter(folder, strength=0.05)
+    write_adapter(adapter, home / "adapters" / "tiny")
+    plain = fuse(folder, adapter, tmp_path / "plain", quantization=8, options=FuseOptions(calibration=str(data), **FEW))
+    limit = plain.fidelity.kl_mean / 2 if asked == "max_kl" else plain.bits_per_weight + 6
+    few = ["--calibration", str(data), "--calibration-rows", "12", "--check-rows", "12", "--quick"]
+    more = ["--bits", "8", f"--{asked.replace('_', '-')}", str(limit), *few]
+    run = CliRunner().invoke(cli, ["fuse", "tiny", str(tmp_path / "more"), *more, "--json"])
+    assert run.exit_code == 0, run.output
+    made = json.loads(run.stdout)
+    assert made["bits_per_weight"] > plain.bits_per_weight + 1
+    assert made["fidelity"]["kl_mean"] <= limit if asked == "max_kl" else made["bits_per_weight"] <= limit
+
+
 def test_a_promise_is_kept_with_bits_of_their_own_for_some_layers(tiny_model, tmp_path, data):
     from mlx_lm.utils import load
 
