@@ -60,6 +60,13 @@ class Strategy:
         self.notes: tuple[str, ...] = ()
         self.calibrated_in_vain = False
         self._refuse_small_budget()
+        if options.thorough or options.method == "calibrated":
+            if self.method == "none":
+                self.warn(
+                    "No layer is rounded, so nothing is calibrated or tuned; --bits says how many bits to round to"
+                )
+            elif self.method == "nearest" and not self.trained_through:
+                self.warn("Layers are rounded to nearest, so no scales are tuned; --method calibrated goes with it")
         self.text: Text | None = None
         if self.method == "calibrated" or options.check:
             self.text = self._choose_text()

@@ -237,6 +237,25 @@ def test_layers_that_groups_do_not_fit_are_told_of_in_the_summary_and_the_result
     assert notes[1].endswith("its 64 inputs cannot be cut into groups of 128")
 
 
+@pytest.mark.parametrize(
+    ("bits", "options", "said"),
+    [
+        (None, FuseOptions(thorough=True, check=False), "No layer is rounded"),
+        (None, FuseOptions(method="calibrated", check=False), "No layer is rounded"),
+        (8, FuseOptions(thorough=True, check=False), "Layers are rounded to nearest"),
+        (8, FuseOptions(thorough=False, check=False), None),
+        (8, FuseOptions(check=False), None),
+        (None, FuseOptions(check=False), None),
+    ],
+)
+def test_calibration_that_is_asked_for_in_vain_is_told(tiny_model, tmp_path, bits, options, said):
+    folder, events = tiny_model("llama", bits=bits), []
+    made = fuse(folder, visible_adapter(folder), tmp_path / "out", options=options, on_event=events.append)
+    warned = [event.text for event in events if getattr(event, "level", None) == "warning"]
+    assert list(made.notes) == [text.removesuffix(".") for text in warned]
+    assert len(warned) == (said is not None) and (said is None or warned[0].startswith(said))
+
+
 def test_nan_and_inf_are_refused(tiny_model, tmp_path):
     folder, broken = tiny_model("llama"), tmp_path / "broken"
     shutil.copytree(folder, broken)
