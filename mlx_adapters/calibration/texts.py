@@ -211,7 +211,9 @@ def _apart(train: list[RawRow], held: list[RawRow], source: str) -> tuple[list[R
     if sum(len(row.key()) for row in held) < LEAST_CHARACTERS:
         held, train = held + train[::5], [row for i, row in enumerate(train) if i % 5]
     if not train or not held:
-        raise FormatError(f"'{source}' is too short to calibrate on and to check by.", "give at least ten rows.")
+        raise FormatError(
+            f"'{source}' is too short to calibrate on and to check by.", "give at least ten different rows."
+        )
     return train, held
 
 
