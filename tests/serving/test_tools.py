@@ -228,7 +228,8 @@ def test_the_older_choice_of_a_function_is_the_choice_of_a_tool(ask):
     (call,) = ask(**old, function_call={"name": "hear"}).choices[0].message.tool_calls
     assert call.function.name == "hear"
     free = dict(max_tokens=4, temperature=0)
-    assert ask(**old | free, function_call="none").usage == ask(**free).usage  # the model is told of none
-    assert ask(**old | free, function_call="auto").usage.prompt_tokens > ask(**free).usage.prompt_tokens
+    plain = ask(**free).usage.prompt_tokens
+    assert ask(**old | free, function_call="none").usage.prompt_tokens == plain  # the model is told of none
+    assert ask(**old | free, function_call="auto").usage.prompt_tokens > plain
     with pytest.raises(openai.BadRequestError, match="'nothing'"):
         ask(**old, function_call={"name": "nothing"})
