@@ -15,7 +15,7 @@ PATH = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH",
 
 
 # What drives a GPU survives no fork, so that each command is a new interpreter there: parts, for several workers.
-PARTS = {"kill disk": 12, "pairs": 4} if on_gpu() else {"kill disk": 2}
+PARTS = {"kill disk": 24, "pairs": 8} if on_gpu() else {"kill disk": 2}
 COUNTS = {"kill disk": 1, "pairs": 1, "inputs": 5, "inputs:base": 50}
 SHARES = [(only, f"{part}/{PARTS.get(only, 1)}") for only in COUNTS for part in range(1, PARTS.get(only, 1) + 1)]
 
