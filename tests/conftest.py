@@ -10,15 +10,18 @@ if os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1") != "1":
 
 import fcntl
 import hashlib
+import shutil
 import signal
 import socket
 import stat
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hypothesis
 import pytest
+from helpers.kernels import read_header_once
 
 import mlx_adapters  # before mlx: it loads the fast BLAS on Linux
 from mlx_adapters.system import machine
@@ -51,6 +54,14 @@ os.fsync = lambda descriptor: None
 vars(fcntl).pop("F_FULLFSYNC", None)
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost", "0.0.0.0", "::", "", None)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Once for all workers."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        folder = Path(tempfile.mkdtemp(prefix="kernels-"))
+        read_header_once(folder)
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
