@@ -19,8 +19,10 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mlx_adapters.calibration.blockwise import BlockwiseModel
-from mlx_adapters.calibration.moments import ExpertMoments, Moments, Seen, add_calls, fits, gram, moments_for
+from mlx_adapters.calibration.moments import ExpertMoments, Moments, Seen, add_calls, fits, moments_for
 from mlx_adapters.data.batches import TokenBatch
 from mlx_adapters.events import OnEvent, Progress, log_warnings
 from mlx_adapters.models.dense import weight_shape
@@ -125,7 +127,8 @@ class Collector:
         """Within the block, `tape` notes the calls of the wanted layers of block `index`."""
         here = self.paths & set(self.backward.layer_paths(index))
         module = self.backward.source.module
-        return tapped({path: layer for path, layer in module.named_modules() if path in here}, tape)
+        layers = {path: layer for path, layer in module.named_modules() if path in here}
+        return tapped(layers, tape, lookups=not self.backward.blocks)  # (else with the first block's gradients)
 
     def add(
         self, moments: dict[str, Moments | ExpertMoments], noted: list, batch: TokenBatch, real: mx.array | None
@@ -165,11 +168,13 @@ class Stages:
             yield index, moments
             c.backward.release(index)
         if c.paths & set(c.backward.layer_paths(count)):
-            self._input_embedding(held_back, cotangents)
+            self._lookups(held_back, cotangents)
             yield count, self._known(held_back)
 
     def _known(self, moments: dict[str, Moments | ExpertMoments]) -> dict[str, Moments | ExpertMoments]:
-        return {path: layer_moments for path, layer_moments in moments.items() if path not in self.collector.unknown}
+        """Those of layers whose calls tell something, and which anything depends on."""
+        felt = {path for path, layer_moments in moments.items() if np.any(layer_moments.tokens)}
+        return {path: layer_moments for path, layer_moments in moments.items() if path in felt - self.collector.unknown}
 
     def _head(
         self, blocks: Blocks, hidden: list[mx.array]
@@ -221,13 +226,21 @@ class Stages:
                 below.append(gradient)
         return moments, below
 
-    def _input_embedding(self, moments: dict[str, Moments | ExpertMoments], cotangents: list[mx.array]) -> None:
-        """An embedding that is no output layer is judged by the gradients that reach the first block."""
-        c = self.collector
-        for path in c.paths & set(c.backward.layer_paths(len(c.backward.blocks))):
-            if path not in moments and isinstance(c.backward.source.layers[path], nn.Embedding | nn.QuantizedEmbedding):
-                moments[path] = seen = Moments()
-                for batch, g in zip(c.batches, cotangents, strict=True):
-                    rows = g.reshape(-1, g.shape[-1])[batch.real]
-                    product = gram(rows)
-                    seen.add(product, product, rows.shape[0])
+    def _lookups(self, moments: dict[str, Moments | ExpertMoments], cotangents: list[mx.array]) -> None:
+        """Embeddings that are no output layer are judged by the gradients at the rows that they give."""
+        c, tape = self.collector, Tape()
+        blocks, outside = c.backward.blocks, c.paths & set(c.backward.layer_paths(len(c.backward.blocks)))
+        layers = dict(c.backward.source.module.named_modules())
+        embeddings = {path: layers[path] for path in outside - set(moments) if isinstance(layers[path], nn.Embedding)}
+        if not blocks or not embeddings:
+            return
+        with tapped(embeddings, tape, lookups=True):
+            for batch, sent in zip(c.batches, cotangents, strict=True):
+
+                def run(tokens: mx.array) -> mx.array:
+                    return blocks.enter(tokens)[0]
+
+                def probe(_: mx.array, sent: mx.array = sent) -> mx.array:
+                    return sent
+
+                c.add(moments, tapped_vjp(run, tape, batch.tokens, probe)[1], batch, batch.real)

@@ -103,11 +103,17 @@ def doubted(hessian: mx.array, tokens: int) -> mx.array:
 
 @dataclass(frozen=True)
 class Seen:
-    """One call of a layer: inputs `x` (..., in), the experts' `indices`, gradients `g` (..., out) at its output."""
+    """One call of a layer: inputs `x` (..., in), the experts' `indices`, gradients `g` (..., out) at its output.
+
+    Of a lookup in an embedding `x` (...) are the rows that it gave, and `g` (..., dim) the gradients at these."""
 
     x: mx.array
     indices: mx.array | None
     g: mx.array
+
+    @property
+    def lookup(self) -> bool:
+        return not mx.issubdtype(self.x.dtype, mx.floating)
 
 
 class ExpertMoments:
@@ -191,6 +197,8 @@ def _joined(parts: list[tuple[mx.array, mx.array]]) -> tuple[mx.array, mx.array]
 def fits(seen: Seen, shape: tuple[int, ...]) -> bool:
     """Whether the call is one of a layer with a weight (out, in) or (experts, out, in), row by row."""
     x, g, indices = seen.x.shape, seen.g.shape, seen.indices
+    if seen.lookup:
+        return g == (*x, shape[-1])
     if x[-1] != shape[-1] or g[-1] != shape[-2] or (indices is None) != (len(shape) == 2):
         return False
     if indices is None:
@@ -217,8 +225,12 @@ def add_calls(
     `real`: indices of the flattened tokens that are no padding; None if every row counts. `products` keeps x xᵀ sums
     by input, which q, k and v (or gate and up) share.
     """
-    others = []
-    for seen in calls:
+    others, linear = [], [seen for seen in calls if not seen.lookup]
+    if not linear:
+        assert isinstance(moments, Moments)
+        for seen in calls:
+            _add_lookup(moments, seen.g)
+    for seen in linear:  # (an embedding that is the head, too, is judged as the head)
         if seen.indices is not None:
             assert isinstance(moments, ExpertMoments)
             moments.add(seen)
@@ -233,6 +245,13 @@ def add_calls(
         g = mx.concatenate([seen.g.reshape(-1, shape[-2]) for seen in others])
         felt = np.flatnonzero(as_numpy(mx.abs(g).max(axis=-1)))
         _add_linear(moments, x, g, mx.array(felt.astype(np.int32)), {})
+
+
+def _add_lookup(moments: Moments, g: mx.array) -> None:
+    """Gradients `g` (..., dim) at rows of an embedding: an error e in one of them costs (eᵀ g)². Padding has none."""
+    g = g.reshape(-1, g.shape[-1])  # (tokens, dim)
+    product, felt = gram(g), int((mx.abs(g).max(axis=-1) > 0).sum())
+    moments.add(product, product, felt)
 
 
 def _one_row_per_token(leading: tuple[int, ...], tokens: tuple[int, int]) -> bool:

@@ -27,12 +27,12 @@ class Tape:
 
 
 @contextmanager
-def tapped(layers: Mapping[str, nn.Module], tape: Tape) -> Iterator[None]:
+def tapped(layers: Mapping[str, nn.Module], tape: Tape, lookups: bool = False) -> Iterator[None]:
     """Within the block, each layer's inputs are noted, and a probe is added to its output whose gradient is the
-    output's. Of an embedding only its use as an output layer is noted."""
+    output's. Of an embedding only its use as an output layer is noted; with `lookups` which rows it gave, too."""
     with ExitStack() as stack:
         for path, layer in layers.items():
-            if not isinstance(layer, nn.Embedding):
+            if lookups or not isinstance(layer, nn.Embedding):
                 stack.callback(intercept(layer, _noting(path, layer, tape)))
             if hasattr(layer, "as_linear"):
                 stack.callback(intercept(layer, _noting(path, layer, tape), "as_linear"))
