@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tomllib
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -95,10 +96,15 @@ def room(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def code_lines(text: str) -> int:
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+def code_lines(path: Path) -> int:
     """The lines of a file without its docstrings, which tell public names at length."""
-    docs = (n.value for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))
-    return len(text.splitlines()) - sum(doc.end_lineno - doc.lineno + 1 for doc in docs)
+    docs = (n.value for n in ast.walk(tree_of(path)) if isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))
+    return len(path.read_text().splitlines()) - sum(doc.end_lineno - doc.lineno + 1 for doc in docs)
 
 
 def module(path: Path) -> str:
@@ -141,7 +147,8 @@ def writes(function: str, call: ast.Call) -> bool:
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_module_keeps_to_its_room(path: Path):
-    tree, here = ast.parse(path.read_text()), room(path)
+    tree, here = tree_of(path), room(path)
+    called = list(calls(tree))
     for name, _ in imports(tree):
         assert module(path) == "system.door" or name.split(".")[0] != "mlx_lm", "mlx_lm is imported in door.py only"
         assert here not in ("config", "errors") or name.split(".")[0] != "mlx", "no MLX here"
@@ -152,10 +159,10 @@ def test_module_keeps_to_its_room(path: Path):
                 if here in ARROWS and there in ARROWS and here != there:
                     assert there in ARROWS[here].split(), f"a new arrow between rooms: {here} asks {there}"
     if path.name != "_output.py":
-        printing = [function for function, _ in calls(tree) if function in PRINTING]
+        printing = [function for function, _ in called if function in PRINTING]
         assert not printing, "only cli/_output.py prints"
     if module(path) != "storage.files":
-        writing = [function for function, node in calls(tree) if writes(function, node)]
+        writing = [function for function, node in called if writes(function, node)]
         assert not writing, "only files.py writes"
     if module(path) != "storage.tensor_names":
         spelled = [s for s in strings(tree) if s in ("lora_a", "lora_b") or s.endswith((".lora_a", ".lora_b"))]
@@ -175,7 +182,7 @@ def test_rooms_and_files_stay_small():
     assert not large, f"more than {MOST_FILES} files: {large}"
     small = {name for name, files in rooms.items() if files < LEAST_FILES}
     assert not small, f"fewer than {LEAST_FILES} files, so no room of its own: {small}"
-    long = {module(path) for path in MODULES if code_lines(path.read_text()) > MOST_LINES} - LONG
+    long = {module(path) for path in MODULES if code_lines(path) > MOST_LINES} - LONG
     assert not long, f"more than {MOST_LINES} lines: {long}"
 
 
@@ -201,7 +208,7 @@ def test_no_import_cycle_at_module_level():
     graph = {}
     for path in MODULES:
         name = ".".join(("mlx_adapters", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
-        graph[name] = {n for n, top in imports(ast.parse(path.read_text())) if top and n.startswith("mlx_adapters.")}
+        graph[name] = {n for n, top in imports(tree_of(path)) if top and n.startswith("mlx_adapters.")}
     done, doing = set(), []
 
     def visit(name: str):
@@ -257,8 +264,9 @@ def test_the_tests_mirror_the_package():
     tests = Path(__file__).parent
     others = {"fixtures", "helpers", "scripts", "__pycache__"}
     assert {path.name for path in tests.iterdir() if path.is_dir()} - others <= {room(path) for path in MODULES}
-    for path in tests.rglob("test_*.py"):
-        for name, _ in imports(ast.parse(path.read_text())):
+    suspect = re.compile(r"^\s*(?:from|import)\b.*\btest", re.M)
+    for path in (path for path in tests.rglob("test_*.py") if suspect.search(path.read_text())):
+        for name, _ in imports(tree_of(path)):
             assert not re.match(r"(tests\.|.*\btest_)", name), f"{path.relative_to(tests)} imports {name}"
 
 
@@ -276,7 +284,7 @@ def test_what_is_imported_is_required_and_what_is_required_is_imported():
     required = {re.split(r"[^\w-]", line)[0] for line in project["dependencies"]}
     used, always = set(), set()
     for path in MODULES:
-        tree = ast.parse(path.read_text())
+        tree = tree_of(path)
         names = {name.split(".")[0] for name, _ in imports(tree)}
         used, always = used | names, always | names - may_be_missing(tree)
     elsewhere = {"mlx_adapters", *sys.stdlib_module_names, "starlette", "uvicorn"}  # serving/ comes with its extra

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,6 +37,22 @@ def cut_after(iteration: int):
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(_PowerCut):
         patch.setattr(Loop, "_iterate", mortal)
+        yield
+
+
+@contextlib.contextmanager
+def photographed(run: Path, album: Path):
+    """Around a run: after each iteration its folder is copied into `album`, under the iteration's number, as a crash
+    would leave it there."""
+    iterate = Loop._iterate
+
+    def seen(self):
+        iterate(self)
+        if run.exists():  # from the first checkpoint on
+            shutil.copytree(run, album / str(self.state.iteration))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Loop, "_iterate", seen)
         yield
 
 
