@@ -108,6 +108,14 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def measured_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a benchmark's processes measure is measured in this one."""
+    from helpers.benchmarks import measure_here
+
+    measure_here(monkeypatch)
+
+
+@pytest.fixture
 def knows_no_case(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], Path]:
     """`knows_no_case(path)`: the path in capital letters, which leads there as on a disk that knows no case.
 

@@ -68,7 +68,7 @@ def template(tiny_model, tmp_path_factory):
 
 
 @pytest.fixture
-def place(template, hub, tmp_path, monkeypatch):
+def place(template, hub, tmp_path, monkeypatch, measured_here):
     """A copy of the folder, to change."""
     place = shutil.copytree(template, tmp_path / "place")
     monkeypatch.setenv("MLX_ADAPTERS_HOME", str(place / "home"))

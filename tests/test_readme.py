@@ -24,9 +24,10 @@ pytest_plugins = ["helpers.hub_fixtures"]
 
 @pytest.fixture(scope="module")
 def place(tiny_model, tmp_path_factory) -> Path:
-    """A folder with the demo's data, and a home in which a tiny model stands for the embedded one."""
+    """A folder with some of the demo's data, and a home in which a tiny model stands for the embedded one."""
     folder = tmp_path_factory.mktemp("readme")
-    write_demo_data(folder / "data" / "sql")
+    for path in write_demo_data(folder / "data" / "sql").glob("*.jsonl"):
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[:40]))
     write_preferences(folder / "data" / "preferences")
     write_tool_calls(folder / "data" / "tools")
     shutil.copytree(ROOT / "docs", folder / "docs")
@@ -36,7 +37,7 @@ def place(tiny_model, tmp_path_factory) -> Path:
     return folder
 
 
-def test_every_command_of_the_pages_runs(place, hub, monkeypatch):
+def test_every_command_of_the_pages_runs(place, hub, monkeypatch, measured_here):
     shown = commands()
     assert len(shown) > 30
     monkeypatch.chdir(place)

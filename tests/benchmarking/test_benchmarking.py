@@ -421,7 +421,7 @@ def test_an_interrupted_benchmark_raises_with_what_is_finished(tiny_model, tmp_p
     assert {run.variant for run in report.runs} == ({"base", "a"} if judging else {"base"}) or not report.runs
 
 
-def test_prompt_longer_than_the_context(tiny_model):
+def test_prompt_longer_than_the_context(tiny_model, measured_here):
     report = benchmark([str(tiny_model("llama"))], prompt_tokens=2047, decode_tokens=3, rounds=1)
     assert "longer than the model's context of 2048" in report.rows[0].error
 
@@ -634,7 +634,7 @@ def test_all_files_are_written(tmp_path, monkeypatch, measured):
     assert (tmp_path / "r.html").read_text().startswith("<!doctype html>")
 
 
-def test_quality_beside_speed(tiny_model, tmp_path):
+def test_quality_beside_speed(tiny_model, tmp_path, measured_here):
     registered_adapter(tiny_model("llama"))
     (tmp_path / "train.jsonl").write_text('{"prompt": "Say it", "completion": "Paris."}\n' * 2)
     report = benchmark(

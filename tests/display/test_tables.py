@@ -2,6 +2,7 @@
 
 import pandas
 import pytest
+from helpers.benchmarks import measure_here
 from helpers.training_tools import write_data
 
 import mlx_adapters as ma
@@ -18,6 +19,7 @@ def results(tiny_model, tmp_path_factory):
     place = tmp_path_factory.mktemp("tables")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLX_ADAPTERS_HOME", str(place / "home"))
+        measure_here(patch)
         base, data = tiny_model("llama"), write_data(place / "data", rows=8, valid=4)
         run = ma.train(base, data, name="sql", lora=ma.LoraConfig(rank=2), training=SETTINGS)
         options = ma.FuseOptions(method="nearest", check=False)

@@ -1,14 +1,16 @@
 """Torture: kills, full disks, two processes on one name, mutated inputs, signals, as many as the time allows.
 
-    scripts/torture [--seconds N] [--seed S] [--only SECTION[:WORDS]...] [--count N] [--share K/N]
+    scripts/torture [--seconds N] [--seed S] [--only SECTION[:WORDS][=COUNT]...] [--share K/N]
 
-Sections are kill, disk, pairs, inputs and signals; `--only kill:prune` takes the trials of a section whose name has the
-words. Every failure names its trial, which the same seed and `--only` repeat. Exit status 1 if anything failed.
+Sections are kill, disk, pairs, inputs and signals; `--only kill:prune=3` takes three trials of each thing of a section
+whose name has the words. Every failure names its trial, which the same seed and `--only` repeat. Exit status 1 if
+anything failed.
 """
 
 import argparse
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +22,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 TESTS = Path(__file__).parents[1]
+ONLY = re.compile("([a-z]+)(?::([^=]*))?(?:=([0-9]+))?")
+MOST = 100_000
 SECTIONS = ("kill", "disk", "pairs", "inputs", "signals")
 HUB = """
 import sys, pathlib
@@ -45,12 +49,16 @@ class Torture:
         self.asked, self.place = asked, Place(root)
         self.tried, self.failed, self.spent = Counter(), Counter(), Counter()
         self.whole = {}  # of each command that writes: what whole runs of it do, for kills and for refusals of the disk
-        self.only = [word.partition(":") for word in asked.only or SECTIONS]
+        self.only = [ONLY.fullmatch(word).groups() for word in asked.only or SECTIONS]
 
-    def wants(self, section: str, name: str) -> bool:
-        asked = any(section == kind and words in name for kind, _, words in self.only)
+    def times(self, section: str, name: str) -> int:
+        """How often it is to be tried."""
         part, _, parts = self.asked.share.partition("/")
-        return asked and zlib.crc32(name.encode()) % int(parts) == int(part) - 1
+        if zlib.crc32(name.encode()) % int(parts) != int(part) - 1:
+            return 0
+        return max(
+            (int(c or MOST) for kind, words, c in self.only if kind == section and (words or "") in name), default=0
+        )
 
     def disk_trials(self, section: str) -> Iterator[Trial]:
         """So many of every command, or all, in rounds: none has a second one before each has had its first."""
@@ -58,7 +66,7 @@ class Torture:
 
         numbered = []
         for name, scenario in scenarios(self.place).items():
-            if not self.wants(section, name):
+            if not (times := self.times(section, name)):
                 continue
             try:
                 tried = self.whole[name] = self.whole.get(name) or Tried(self.place, name, scenario)
@@ -68,7 +76,7 @@ class Torture:
             points = [trap for trap in tried.points() if (trap.fault == "kill") == (section == "kill")]
             rng = random.Random(f"{self.asked.seed} {section} {name}")
             fair = max(2, int(20 / tried.seconds))  # of what takes long, fewer
-            chosen = rng.sample(points, min(len(points), fair, self.asked.count or len(points)))
+            chosen = rng.sample(points, min(len(points), fair, times))
             trials = [(name, f"{trap.fault} at {trap.at}", lambda t=tried, p=trap: t.trial(p)) for trap in chosen]
             numbered += [(number, rng.random(), trial) for number, trial in enumerate(trials)]
         yield from (trial for *_, trial in sorted(numbered, key=lambda entry: entry[:2]))
@@ -82,7 +90,7 @@ class Torture:
             from helpers.torture_signals import trials
         else:
             from helpers.torture_inputs import trials
-        return trials(self.place, self.asked.seed, self.asked.count, lambda name: self.wants(section, name))
+        return trials(self.place, self.asked.seed, lambda name: self.times(section, name))
 
     def section(self, section: str, seconds: float) -> None:
         end = None
@@ -115,10 +123,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=1800, help="for all sections together")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", nargs="+", help="SECTION or SECTION:WORDS")
+    parser.add_argument("--only", nargs="+", help="SECTION[:WORDS][=COUNT]", metavar="SECTION")
     parser.add_argument("--share", default="1/1", help="K/N: of what --only leaves, the K-th of N parts")
     parser.add_argument("--trial", help="only this one, as a failure names it")
-    parser.add_argument("--count", type=int, help="trials of each command or kind [as many as there are]")
     asked = parser.parse_args()
     sys.stdout.reconfigure(errors="backslashreplace")
     root = Path(tempfile.mkdtemp(prefix="torture-")).resolve()
@@ -131,6 +138,7 @@ def main() -> int:
         "TMPDIR": root / "tmp",
         "HOSTILE_RAN": root / "ran",
     }
+    kernels = Path(tempfile.gettempdir()) / "mlx"  # what MLX has compiled already
     tempfile.tempdir = None  # read anew
     os.environ.update({name: str(value) for name, value in surroundings.items()})
     os.environ.pop("HF_HUB_OFFLINE", None)
@@ -138,6 +146,8 @@ def main() -> int:
     sys.path[:0] = [str(TESTS), str(TESTS.parent)]
     sys.dont_write_bytecode = True
     (root / "tmp").mkdir()
+    kernels.mkdir(exist_ok=True)
+    (root / "tmp" / "mlx").symlink_to(kernels)
     code = HUB.format(here=str(TESTS), folder=str(root / "template/home/adapters/a"))
     hub = subprocess.Popen(
         [sys.executable, "-c", code],
@@ -157,7 +167,7 @@ def main() -> int:
         hub.stdin.write("add\n")
         hub.stdin.flush()
         hub.stdout.readline()
-        wanted = [section for section in SECTIONS if any(kind == section for kind, _, _ in torture.only)]
+        wanted = [section for section in SECTIONS if any(kind == section for kind, *_ in torture.only)]
         for number, section in enumerate(wanted):
             left = asked.seconds - torture.spent.total()
             torture.section(section, left / (len(wanted) - number))

@@ -13,7 +13,7 @@ from pathlib import Path
 from helpers import hostile
 from helpers.forked import run
 from helpers.torture_mutants import mutation
-from helpers.torture_place import Place
+from helpers.torture_place import Place, in_rounds
 
 PEAK_BYTES = 3 << 30
 
@@ -184,11 +184,7 @@ class Inputs:
         return wrong and f"{' '.join(command)} | {label}: {wrong}"
 
 
-def trials(
-    place: Place, seed: int, count: int | None, wants: Callable[[str], bool]
-) -> Iterator[tuple[str, str, Callable[[], str | None]]]:
+def trials(place: Place, seed: int, times: Callable[[str], int]) -> Iterator[tuple[str, str, Callable[[], str | None]]]:
     inputs = Inputs(place)
-    for number in range(count or 100_000):
-        for name in ("base", *inputs.kinds):
-            if wants(name):
-                yield name, f"#{number}", lambda w=name, n=number: inputs.trial(w, f"{seed} {w} {n}")
+    for number, name in in_rounds(["base", *inputs.kinds], times):
+        yield name, f"#{number}", lambda w=name, n=number: inputs.trial(w, f"{seed} {w} {n}")

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from helpers.forked import Command, Result, wrong_end
-from helpers.torture_place import Place, differences
+from helpers.torture_place import Place, differences, in_rounds
 
 Outcome = tuple[dict[str, str], tuple[int, int], tuple[str, str]]
 READERS = ("show", "verify", "generate", "list", "compare", "export-peft")
@@ -109,17 +109,16 @@ class Pair:
         )
 
 
-def trials(
-    place: Place, seed: int, count: int | None, wants: Callable[[str], bool]
-) -> Iterator[tuple[str, str, Callable[[], str | None]]]:
+def trials(place: Place, seed: int, times: Callable[[str], int]) -> Iterator[tuple[str, str, Callable[[], str | None]]]:
     prepared = []
     for name in PAIRS.strip().splitlines():
-        if wants(name):
+        if times(name):
             first, second = name.split(" & ")
             try:
                 prepared.append((name, Pair(place, (place.words(first), place.words(second)))))
             except AssertionError as error:
                 yield name, "alone", lambda error=error: str(error)
-    for number in range(count or 1000):
-        for name, pair in prepared:
-            yield name, f"round {number}", lambda p=pair, n=number, w=name: p.trial(random.Random(f"{seed} {w} {n}"))
+    pairs = dict(prepared)
+    for number, name in in_rounds(pairs, times):
+        rng = random.Random(f"{seed} {name} {number}")
+        yield name, f"round {number}", lambda p=pairs[name], r=rng: p.trial(r)

@@ -11,10 +11,13 @@ import struct
 import subprocess
 import sys
 import tarfile
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from helpers.forked import run
+from helpers.forked import in_a_fork, run
+
+from mlx_adapters.system.machine import on_gpu
 
 DRAFT = ".mlx-adapters-tmp-"
 MINE = (
@@ -44,6 +47,13 @@ benchmark base a MEASURED -o bench.json
 """
 
 
+def in_rounds(names: Iterable[str], times: Callable[[str], int]) -> Iterator[tuple[int, str]]:
+    """(round, name), each name as often as it is to be tried."""
+    wanted = {name: times(name) for name in names}
+    for number in range(max(wanted.values(), default=0)):
+        yield from ((number, name) for name, count in wanted.items() if number < count)
+
+
 def rows(count: int, start: int = 0) -> str:
     records = (
         {"prompt": f"List {i} of the titles.", "completion": f"SELECT {i};"} for i in range(start, start + count)
@@ -53,6 +63,11 @@ def rows(count: int, start: int = 0) -> str:
 
 def tiny_base(folder: Path, **options: Any) -> None:
     """Made in a process of its own, so that the forks find an MLX that never ran."""
+    if not on_gpu():
+        from helpers.tiny_models import build_model
+
+        assert in_a_fork(lambda: build_model(folder, "llama", **options)) == 0
+        return
     code = "import pathlib; from helpers.tiny_models import build_model"
     code += f"; build_model(pathlib.Path({str(folder)!r}), 'llama', **{options!r})"
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ)

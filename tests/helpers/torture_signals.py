@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
-from helpers.torture_place import Place
+from helpers.torture_place import Place, in_rounds
 
 ALL = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PATIENCE = 20.0  # seconds for the end
@@ -78,11 +78,7 @@ def trial(place: Place, line: str, rng: random.Random) -> str | None:
     return f"{where}: leaves {left[0].name}" if left else None
 
 
-def trials(
-    place: Place, seed: int, count: int | None, wants: Callable[[str], bool]
-) -> Iterator[tuple[str, str, Callable[[], str | None]]]:
-    for number in range(count or 1000):
-        for line in COMMANDS:
-            if wants(line):
-                rng = random.Random(f"{seed} {line} {number}")
-                yield line, f"round {number}", lambda r=rng, of=line: trial(place, of, r)
+def trials(place: Place, seed: int, times: Callable[[str], int]) -> Iterator[tuple[str, str, Callable[[], str | None]]]:
+    for number, line in in_rounds(COMMANDS, times):
+        rng = random.Random(f"{seed} {line} {number}")
+        yield line, f"round {number}", lambda r=rng, of=line: trial(place, of, r)

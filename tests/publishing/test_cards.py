@@ -278,7 +278,7 @@ def test_notebooks_show_tables_and_pictures(sql, base, tmp_path):
     assert shown.startswith("# sql") and "](data:image/svg+xml;base64," in shown and "loss.svg" not in shown
 
 
-def test_a_saved_benchmark_is_shown_in_the_card(sql, base, tmp_path):
+def test_a_saved_benchmark_is_shown_in_the_card(sql, base, tmp_path, measured_here):
     report = ma.benchmark(["base", "sql"], str(base), prompt_tokens=8, decode_tokens=4, rounds=1, trials=1)
     saved = tmp_path / "report.json"
     saved.write_text(json.dumps(report.to_json()))
