@@ -11,7 +11,7 @@ from mlx_adapters.models.base import BaseLike
 from mlx_adapters.models.model import Model
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.storage.tensor_names import ADAPTER_LEAVES, split
-from mlx_adapters.surgery.caches import compute_as_generated, trace
+from mlx_adapters.surgery.caches import compute_as_generated
 from mlx_adapters.system.door import TokenizerWrapper, nn
 
 
@@ -39,7 +39,6 @@ def wrap_model(module: nn.Module, tokenizer: Any, base: BaseLike) -> LiveModel:
     if on:
         raise IncompatibleError(f"The model has an adapter on it ('{on[0]}').", "load it without adapter_path.")
     its_base = resolve_base(base)
-    trace(module)
     compute_as_generated(module)
     module.eval()
     wrapped = tokenizer if isinstance(tokenizer, TokenizerWrapper) else TokenizerWrapper(tokenizer)

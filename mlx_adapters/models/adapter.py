@@ -31,7 +31,7 @@ from mlx_adapters.models.metadata import (
     read_version,
 )
 from mlx_adapters.storage import files, paths, tensor_files, tensor_names
-from mlx_adapters.storage.replacing import stat_of
+from mlx_adapters.storage.replacing import file_version
 from mlx_adapters.storage.tensor_names import (
     ADAPTER_FILE,
     ADAPTER_LEAVES,
@@ -345,8 +345,7 @@ def version_of(adapter: Adapter) -> tuple[Any, ...] | None:
     if adapter.folder is None:
         return None
     weights = ADAPTER_FILE if adapter.iteration is None else tensor_names.checkpoint_file(adapter.iteration)
-    stats = [stat_of(adapter.folder / name) for name in (CONFIG_FILE, weights)]
-    return tuple(stat and (stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats)
+    return tuple(file_version(adapter.folder / name) for name in (CONFIG_FILE, weights))
 
 
 def equal_files(one: Adapter, other: Adapter) -> bool:

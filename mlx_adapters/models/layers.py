@@ -29,6 +29,7 @@ from mlx_adapters.system.door import (
     SwitchLinear,
     mx,
     nn,
+    parts,
 )
 
 LINEAR = (nn.Linear, nn.QuantizedLinear)
@@ -64,7 +65,7 @@ def _quantizable(layer: nn.Module) -> bool:
 
 def named_layers(module: nn.Module) -> list[tuple[str, nn.Module]]:
     """(path, layer) of all leaves, adapted layers counting as leaves, in natural order of the paths."""
-    modules = dict(module.named_modules())
+    modules = dict(parts(module))
     adapted = {path: layer for path, layer in modules.items() if isinstance(layer, ADAPTED)}
     leaves = {path: layer for path, layer in modules.items() if path and _is_leaf(layer)}
     flat = {path: layer for path, layer in leaves.items() if not adapted or not _inside(path, adapted)} | adapted

@@ -45,9 +45,10 @@ from mlx_adapters.system.door import (
     load_tokenizer,
     mx,
     nn,
+    parts,
     trusts_remote_code,
 )
-from mlx_adapters.system.limits import files_hint, wire_memory
+from mlx_adapters.system.limits import files_hint, garbage_later, wire_memory
 from mlx_adapters.system.machine import on_gpu
 from mlx_adapters.templates.habits import check_arguments
 
@@ -58,6 +59,7 @@ ROUTED = re.compile(
 )  # settings for how many experts a token has
 
 
+@garbage_later()
 def load_model(
     base: Base,
     adapter: Adapter | None = None,
@@ -113,7 +115,7 @@ def lay_experts_out(module: nn.Module) -> None:
     Some checkpoints hold them turned: each product would then copy all experts first. Others hold two of them in one
     array: MLX 0.32.4's CUDA build passes over every other half, and takes other experts for those that are meant.
     """
-    for layer in module.modules():
+    for _, layer in parts(module):
         if isinstance(layer, SWITCH):
             layer.update({name: mx.contiguous(layer[name]) for name in QUANTIZED_LEAVES if name in layer})
 
@@ -123,7 +125,7 @@ def require_experts(module: nn.Module, base: Base) -> None:
     inner = base.config.get("text_config")
     settings = {**base.config, **(inner if isinstance(inner, dict) else {})}
     none = [n for n, value in settings.items() if ROUTED.fullmatch(n) and isinstance(value, int) and value < 1]
-    if none and any(isinstance(layer, SWITCH) for layer in module.modules()):
+    if none and any(isinstance(layer, SWITCH) for _, layer in parts(module)):
         why = f"'{base.name}' sends a token to {settings[none[0]]} experts: '{none[0]}' in its config.json."
         raise ModelError(why, "what does the model's own config.json say? It is at least 1.")
 
@@ -183,9 +185,10 @@ def load_module(base: Base, to_call: bool = True) -> tuple[nn.Module, dict[str, 
             untie(module)
         if base.parameters:
             _put(module, base.parameters, base.tuned is not None)
-        trace(module)
         if to_call:
             compute_as_generated(module)
+        else:
+            trace(module)
     return module, config
 
 

@@ -18,8 +18,9 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from mlx.utils import tree_unflatten
@@ -28,6 +29,7 @@ from mlx_adapters.errors import AdapterError, ModelError
 from mlx_adapters.models.dense import dense_layer, dense_weight, is_quantized, weight_shape
 from mlx_adapters.models.layers import weight_layers
 from mlx_adapters.storage import files, paths, temporaries
+from mlx_adapters.storage.replacing import file_version
 from mlx_adapters.storage.tensor_names import BIAS, SCALES
 from mlx_adapters.system.door import mx, nn
 from mlx_adapters.system.gpu_kernels import ways
@@ -284,7 +286,7 @@ def _is_right(found: float | str, dtype: mx.Dtype) -> bool:
     return not isinstance(found, str) and found <= TOLERANCE.get(dtype, 0.01)
 
 
-def _where() -> Any:
+def _where() -> Path:
     return paths.home() / "checks" / f"quantized-{_this_device()}.json"
 
 
@@ -298,9 +300,16 @@ def _this_device() -> str:
 
 
 def _read() -> dict[str, float | str]:
-    temporaries.sweep(_where().parent)  # also where a kill came after all was written
+    where = _where()
+    return _read_of(where, file_version(where)).copy()
+
+
+@lru_cache(maxsize=1)
+def _read_of(where: Path, version: Any) -> dict[str, float | str]:
+    """What is remembered there; for each version of the file it is read once."""
+    temporaries.sweep(where.parent)  # also where a kill came after all was written
     try:
-        known = files.read_json(_where())
+        known = files.read_json(where)
     except AdapterError:
         return {}
     return {kind: found for kind, found in known.items() if isinstance(found, float | str)}

@@ -144,6 +144,12 @@ def stat_of(path: Path) -> os.stat_result | None:
         return None
 
 
+def file_version(path: Path) -> tuple[int, ...] | None:
+    """What is another once the file is replaced or changed; None for what cannot be reached."""
+    stat = stat_of(path)
+    return stat and (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+
+
 ATTEMPTS = 100
 T = TypeVar("T")
 
@@ -168,9 +174,8 @@ def read_whole(folder: Path, names: tuple[str, ...], read: Callable[[], T]) -> T
 
 
 def _version(folder: Path, names: tuple[str, ...]) -> list[tuple[int, ...] | None]:
-    place, *stats = (stat_of(folder / name) for name in ("", *names))
-    versions = [s and (s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns) for s in stats]
-    return [place and (place.st_dev, place.st_ino), *versions]
+    place = stat_of(folder)
+    return [place and (place.st_dev, place.st_ino), *(file_version(folder / name) for name in names)]
 
 
 def stamp(text: str) -> str:

@@ -6,55 +6,58 @@ is given fresh caches wherever it is called without, so that it is trained and j
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 from mlx_adapters.surgery.calls import intercept
 from mlx_adapters.surgery.cuda import hand_over
 from mlx_adapters.surgery.padded import PaddedCache
-from mlx_adapters.system.door import KVCache, make_prompt_cache, mx, nn
+from mlx_adapters.system.door import KVCache, make_prompt_cache, mx, nn, parts
 
 Make = Callable[[], list[Any]]  # gives empty caches
 
 
-def trace(module: nn.Module) -> None:
-    """Build the graph of a short pass, and compute nothing: what does not fit together raises here, not later."""
-    tokens = mx.zeros((1, 3), mx.int32)  # a window of none at all is no window of one token
+def trace(module: nn.Module) -> bool:
+    """Build the graph of a short pass, and compute nothing: what does not fit together raises here, not later.
+
+    Whether the pass was given caches: some code takes none, or none of these.
+    """
     try:
-        module(tokens, cache=make_prompt_cache(module))
-    except (TypeError, AttributeError):  # some code takes no cache, or none of these
-        module(tokens)
+        module(_tokens(), cache=make_prompt_cache(module))
+    except (TypeError, AttributeError):
+        module(_tokens())
+        return False
+    return True
+
+
+def _tokens() -> mx.array:
+    return mx.zeros((1, 3), mx.int32)  # a window of none at all is no window of one token
 
 
 def compute_as_generated(module: nn.Module) -> None:
-    """Give the module fresh caches from now on where it is given none, if other layers take part with them."""
-    try:
-        cached, plain = _called(module, make_prompt_cache(module), None)
-    except Exception:  # what takes no cache needs none
-        return
-    if cached != plain:
-        intercept(module, _with_fresh_caches(module))
-
-
-def _called(module: nn.Module, *caches: list[Any] | None) -> list[set[int]]:
-    """The linear layers that one token goes through with each of the caches, by id."""
-    called: list[set[int]] = []
+    """Give the module fresh caches from now on where it is given none, if other layers take part with them. Raises what
+    `trace` does."""
+    called: set[int] = set()  # the linear layers that a pass goes through, by id
 
     def noting(layer: nn.Module) -> Callable[..., Any]:
         def note(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            called[-1].add(id(layer))
+            called.add(id(layer))
             return original(*args, **kwargs)
 
         return note
 
     with ExitStack() as stack:
-        for layer in module.modules():
+        for _, layer in parts(module):
             if isinstance(layer, nn.Linear | nn.QuantizedLinear):
                 stack.callback(intercept(layer, noting(layer)))
-        for cache in caches:
-            called.append(set())
-            module(mx.zeros((1, 1), mx.int32), cache=cache)
-    return called
+        if not trace(module):
+            return
+        cached = called.copy()
+        called.clear()
+        with suppress(Exception):  # what cannot do without is given them, too
+            module(_tokens())
+    if called != cached:
+        intercept(module, _with_fresh_caches(module))
 
 
 def _with_fresh_caches(module: nn.Module) -> Callable[..., Any]:

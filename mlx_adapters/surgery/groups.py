@@ -15,7 +15,7 @@ from typing import Any
 from mlx.utils import tree_flatten
 
 from mlx_adapters.errors import AdapterError
-from mlx_adapters.storage.replacing import stat_of
+from mlx_adapters.storage.replacing import file_version
 from mlx_adapters.storage.tensor_files import StoredTensor, frame, stored_tensors
 from mlx_adapters.storage.tensor_names import BIAS, QUANTIZED_LEAVES, join
 from mlx_adapters.surgery.calls import intercept
@@ -166,9 +166,9 @@ class Origins:
     def note(self, file: Any, arrays: Any) -> None:
         """`arrays`, by their names, are those of a file."""
         if isinstance(file, str) and isinstance(arrays, dict):
-            self._versions[Path(file)] = _version(Path(file))
-            places = {id(array): (weakref.ref(array), Path(file), name) for name, array in arrays.items()}
-            self._places.update(places)
+            path = Path(file)
+            self._versions[path] = file_version(path)
+            self._places.update({id(array): (weakref.ref(array), path, name) for name, array in arrays.items()})
 
     def of(self, arrays: Sequence[mx.array]) -> list[StoredTensor]:
         """The tensors of files that these arrays are; none if one of them is anything else, or is changed."""
@@ -179,7 +179,7 @@ class Origins:
     def require_unchanged(self) -> None:
         """Raise OSError if a file was replaced since: MLX would have gone on with the old one."""
         for path in self._files:
-            if _version(path) != self._versions[path]:
+            if file_version(path) != self._versions[path]:
                 raise OSError(f"'{path}' was changed while it was read")
 
     def _of(self, array: mx.array) -> StoredTensor | None:
@@ -198,11 +198,6 @@ def _are_as_read(arrays: Sequence[mx.array]) -> bool:
     graph = io.StringIO()
     mx.export_to_dot(graph, *arrays)
     return graph.getvalue().count("[label =") == graph.getvalue().count('[label ="Load"') == len(arrays)
-
-
-def _version(path: Path) -> Any:
-    stat = stat_of(path)
-    return stat and (stat.st_ino, stat.st_size, stat.st_mtime_ns)
 
 
 @contextmanager

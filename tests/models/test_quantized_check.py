@@ -24,6 +24,7 @@ from mlx_adapters.models.metadata import AdapterConfig
 from mlx_adapters.models.quantized_check import LayerCheck, MiscomputedWarning, check_layer, kind_of
 from mlx_adapters.optimization import probe
 from mlx_adapters.sources.bases import resolve_base
+from mlx_adapters.storage import files
 from mlx_adapters.system.machine import on_gpu
 
 DENSE = [
@@ -73,6 +74,16 @@ def is_right(layer, gradients=False):
         if not all(np.abs(a - b).max() < 1e-2 * np.abs(b).max() for a, b in zip(actual, expected, strict=True)):
             return False
     return True
+
+
+def test_what_is_remembered_is_read_once_and_when_another_process_changed_it(monkeypatch):
+    reads, read = [], quantized_check.files.read_json
+    monkeypatch.setattr(quantized_check.files, "read_json", lambda path: reads.append(path) or read(path))
+    assert [quantized_check.remembered("a", lambda: 0.5) for _ in range(3)] == [0.5] * 3
+    assert len(reads) <= 2  # where there was none, and what was written
+    files.write_json(quantized_check._where(), {"a": 0.25, "b": 0.125})
+    assert [quantized_check.remembered(kind, lambda: 1.0) for kind in "aba"] == [0.25, 0.125, 0.25]
+    assert len(reads) <= 3
 
 
 def case_id(value):
@@ -165,7 +176,9 @@ def refuse(monkeypatch, said, tokens=(1, 256)):
         return right(x, *weights, **options)
 
     monkeypatch.setattr(mx, "quantized_matmul", product)
-    monkeypatch.setattr("mlx_adapters.models.loading.trace", lambda _: None)  # MLX raises when it computes
+    monkeypatch.setattr(
+        "mlx_adapters.models.loading.compute_as_generated", lambda _: None
+    )  # MLX raises when it computes
     monkeypatch.setattr("mlx_adapters.models.loading.on_gpu", lambda: True)
 
 
@@ -218,7 +231,7 @@ def test_why_a_layer_was_refused_once_is_told(tiny_model, on_cpu, monkeypatch):
         return right(x, *weights, **options)
 
     monkeypatch.setattr(mx, "quantized_matmul", product)
-    monkeypatch.setattr("mlx_adapters.models.loading.trace", lambda _: None)
+    monkeypatch.setattr("mlx_adapters.models.loading.compute_as_generated", lambda _: None)
     monkeypatch.setattr("mlx_adapters.models.loading.on_gpu", lambda: True)
     with pytest.warns(MiscomputedWarning, match="wrong or end: out of memory.$"):
         load_model(folder)

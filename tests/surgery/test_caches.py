@@ -9,6 +9,8 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_adapters.models.loading import load_module
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.surgery.caches import compute_as_generated, same_function
+from mlx_adapters.surgery.calls import intercept
+from mlx_adapters.system.door import parts
 
 
 def test_layers_that_share_keys_through_a_cache_compute_as_they_generate(tmp_path):
@@ -22,6 +24,24 @@ def test_other_models_are_called_as_before(name):
     kind = type(module)
     compute_as_generated(module)
     assert type(module) is kind
+
+
+def test_a_model_is_traced_once_with_caches_and_once_without_and_what_does_not_fit_raises():
+    module = make_model(tiny_config("llama"))
+    passes = []
+    undo = intercept(module, lambda original, *args, **keys: passes.append("cache" in keys) or original(*args, **keys))
+    compute_as_generated(module)
+    assert sorted(passes) == [False, True]
+    undo()
+    module.model.norm.weight = mx.zeros((5,))
+    with pytest.raises(ValueError, match="shape|size"):
+        compute_as_generated(module)
+
+
+def test_parts_are_the_modules_that_mlx_names():
+    for name in ("llama", "qwen3_moe", "gemma3n", "recurrent_gemma"):
+        module = make_model(tiny_config(name))
+        assert {path: id(part) for path, part in parts(module)} == {p: id(m) for p, m in module.named_modules()}
 
 
 def test_the_same_function_but_for_noise():

@@ -1,5 +1,6 @@
 """A model whose layers on one input are laid together is read once, to where it stays."""
 
+import gc
 import os
 import shutil
 import threading
@@ -41,6 +42,15 @@ def test_it_holds_what_mlx_lm_reads_and_nothing_is_in_memory_twice(architecture,
     for paths, arrays in laid.items():
         whole = np.concatenate([theirs[f"{path}.weight"] for path in paths])
         assert np.array_equal(np.array(arrays["weight"].view(mx.uint8)), whole)
+
+
+def test_garbage_is_not_searched_for_while_a_model_is_loaded_and_is_again_afterwards(tiny_model):
+    seen = []
+    loading.load_model(resolve_base(tiny_model()), meanwhile=lambda: seen.append(gc.isenabled()))
+    assert seen == [False] and gc.isenabled()
+    with pytest.raises(NotFoundError):
+        live.load_model(tiny_model(), "nothing")
+    assert gc.isenabled()
 
 
 def test_a_tokenizer_is_loaded_while_weights_are_read(tiny_model, monkeypatch):
