@@ -115,12 +115,18 @@ def attend(q: mx.array, cached: Pair, recent: Pair, layer: int, new: Pair, count
     return (weights @ values).reshape(*q.shape[:3], -1)
 
 
-def following(recent: mx.array, new: Sequence[mx.array], counts: mx.array) -> mx.array:
+def following(recent: Pair, new: Sequence[Pair], counts: mx.array) -> list[mx.array]:
     """`recent`, of all layers, with what is new of each behind what counts of it."""
+    both = zip(recent, zip(*new, strict=True), strict=True)
     if not on_cuda():
-        return _with_new(recent, mx.concatenate(new), counts)
+        return [_with_new(mine, mx.concatenate(its), counts) for mine, its in both]
+    way = _way(*recent)
+    return [_kept(mine, its, counts, way) for mine, its in both]
+
+
+def _kept(recent: mx.array, new: Sequence[mx.array], counts: mx.array, way: Callable[..., Any]) -> mx.array:
     layers, groups, _, width = recent.shape
-    (out,) = _keep(layers, _built.get(recent.dtype, build))(
+    (out,) = _keep(layers, way)(
         inputs=[recent, counts, *new],
         template=[("T", recent.dtype), ("W", width), ("RECENT", RECENT)],
         grid=(layers * groups * 256, 1, 1),
@@ -139,7 +145,7 @@ def _by_kernel(
     q: mx.array, cached: Pair, recent: Pair, layer: int, new: Pair, counts: mx.array, scale: float
 ) -> mx.array:
     heads, shape = q.shape[1], (*q.shape[:3], cached[1].shape[-1])
-    (out,) = _kernel(_built.get(q.dtype, build))(
+    (out,) = _kernel(_way(*cached))(
         inputs=[q, *cached, *recent, *new, counts, mx.array([scale], mx.float32), mx.array([layer], mx.int32)],
         template=[("T", q.dtype), ("K", q.shape[-1]), ("V", shape[-1]), ("RECENT", RECENT), ("WARPS", WARPS)],
         grid=(heads * LANES * WARPS, 1, 1),
@@ -150,7 +156,11 @@ def _by_kernel(
     return out
 
 
-_built: dict[mx.Dtype, Callable[..., Any]] = {}  # how the kernel is built for each type
+_built: dict[tuple[Any, ...], Callable[..., Any]] = {}  # how they are built for a type, and widths of keys and values
+
+
+def _way(keys: mx.array, values: mx.array) -> Callable[..., Any]:
+    return _built.get((keys.dtype, (keys.shape[-1], values.shape[-1])), build)
 
 
 @cache
@@ -180,7 +190,9 @@ def is_right(dtype: mx.Dtype, widths: tuple[int, int]) -> bool:
         return True
     text = hashlib.sha256((SOURCE + KEEP + FEW).encode()).hexdigest()
     kind = f"attend {text[:16]}, {dtype}, {widths[0]} and {widths[1]} wide"
-    return set(widths) <= set(WIDTHS) and tried(kind, _built, dtype, partial(_error, dtype, widths), MOST_ERROR)
+    return set(widths) <= set(WIDTHS) and tried(
+        kind, _built, (dtype, widths), partial(_error, dtype, widths), MOST_ERROR
+    )
 
 
 def _error(dtype: mx.Dtype, widths: tuple[int, int]) -> float:
@@ -193,7 +205,7 @@ def _error(dtype: mx.Dtype, widths: tuple[int, int]) -> float:
     new, counts = (news[0][layer][None], news[1][layer][None]), mx.array([cached, beside], mx.int32)
     try:
         out = _by_kernel(q, before, recent, layer, new, counts, 0.3)
-        kept = [following(mine, mx.split(its, 3), counts) for mine, its in zip(recent, news, strict=True)]
+        kept = following(recent, list(zip(*(mx.split(its, 3) for its in news), strict=True)), counts)
         mx.eval(out, kept)
     except (RuntimeError, ValueError, OSError, KeyError):
         return math.inf

@@ -218,10 +218,7 @@ def _traced(
     new = [layer.new for layer in layers if layer.new is not None and layer.attended]
     if len(new) < len(layers):
         raise _Unsuited
-    return [
-        logits,
-        *(attention.following(*each, counts) for each in zip((keys, values), zip(*new, strict=True), strict=True)),
-    ]
+    return [logits, *attention.following((keys, values), new, counts)]
 
 
 @contextlib.contextmanager

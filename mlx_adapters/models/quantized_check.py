@@ -130,17 +130,14 @@ def remembered(kind: str, measure: Callable[[], float]) -> float:
     return error
 
 
-def tried(
-    kind: str, built: dict[mx.Dtype, Callable[..., Any]], dtype: mx.Dtype, error: Callable[[], float], most: float
-) -> bool:
+def tried(kind: str, built: dict[Any, Callable[..., Any]], case: Any, error: Callable[[], float], most: float) -> bool:
     """Whether a kernel of our own is no more than `most` off, in one of the ways to build it, which `built` has then
-    for this type; as it was if none is."""
-    before = built.copy()
+    for this case; nothing if none is."""
     for way in ways():
-        built[dtype] = way
+        built[case] = way
         if remembered(f"{kind}, {way.__name__}", error) <= most:
             return True
-    built.update(before)
+    built.pop(case, None)
     return False
 
 

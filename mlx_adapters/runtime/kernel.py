@@ -272,8 +272,16 @@ def _error(dtype: mx.Dtype) -> float:
         mx.eval(added)
     except (RuntimeError, ValueError, OSError, KeyError):
         return math.inf
-    y, x, a, b, gain, shift = (array.astype(mx.float32) for array in (y, x, a, b, gain, shift))
-    z = (a[at] @ x[:, None, :, None]).squeeze(-1)  # (tokens, layers, r)
+    y, gain, shift = (array.astype(mx.float32) for array in (y, gain, shift))
+    return largest_error(added, y * gain[at] + shift[at] + by_products(x, a[at], b[at], widths))
+
+
+def by_products(x: mx.array, a: mx.array, b: mx.array, widths: Sequence[int]) -> mx.array:
+    """b (a x) in float32, (tokens, Σ widths): what the kernels' is held against.
+
+    x: (tokens, in); a: (tokens, layers, r, in) and b: (tokens, Σ widths, r), of each token's slot.
+    """
+    x, a, b = (array.astype(mx.float32) for array in (x, a, b))
+    z = (a @ x[:, None, :, None]).squeeze(-1)  # (tokens, layers, r)
     z = mx.concatenate([mx.repeat(z[:, i : i + 1], width, axis=1) for i, width in enumerate(widths)], axis=1)
-    expected = y * gain[at] + shift[at] + (b[at] * z).sum(axis=-1)
-    return largest_error(added, expected)
+    return (b * z).sum(axis=-1)

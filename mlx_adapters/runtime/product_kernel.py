@@ -14,7 +14,7 @@ from functools import cache, partial
 from typing import Any
 
 from mlx_adapters.models.quantized_check import largest_error, tried
-from mlx_adapters.runtime.kernel import MOST_ERROR, MOST_RANKS, bounds_of
+from mlx_adapters.runtime.kernel import MOST_ERROR, MOST_RANKS, bounds_of, by_products
 from mlx_adapters.storage.tensor_names import BIAS, QUANTIZED_LEAVES, SCALES
 from mlx_adapters.system.door import mx
 from mlx_adapters.system.gpu_kernels import FEW, build, chosen, spelled
@@ -190,7 +190,8 @@ def product_and_update(
     tiles, warps = share or share_of(tuple(widths))
     bounds, blocks = _blocks(tuple(widths), tiles * ROWS)
     constants = {"GROUP": options["group_size"], "R": a.shape[-2], "PARTS": len(widths), "M": tiles, "WARPS": warps}
-    return _kernel(x.dtype, len(widths), tuple(extra), _built.get(x.dtype, build))(
+    way = _built.get((x.dtype, options["group_size"]), build)
+    return _kernel(x.dtype, len(widths), tuple(extra), way)(
         inputs=[x, *(packed[name] for name in QUANTIZED_LEAVES), a, b, bounds, *extra.values()],
         template=[("T", x.dtype), *constants.items()],
         grid=(blocks * warps * 32, 1, 1),
@@ -214,7 +215,7 @@ def _blocks(widths: tuple[int, ...], rows: int) -> tuple[mx.array, int]:
     return bounds_of(widths), sum(-(-width // rows) for width in widths)
 
 
-_built: dict[mx.Dtype, Callable[..., Any]] = {}  # how the kernel is built for each type
+_built: dict[tuple[mx.Dtype, int], Callable[..., Any]] = {}  # how it is built for a type and size of groups
 
 
 @cache
@@ -233,11 +234,17 @@ def source(dtype: mx.Dtype, parts: int, extra: Sequence[str]) -> str:
 
 def serves(x: mx.array, packed: Mapping[str, mx.array], options: Mapping[str, Any] | None, b: mx.array) -> bool:
     """Whether the kernel is there, right, and made for an update by b (..., r) of such a matrix."""
-    if options is None or not on_cuda() or options["mode"] != "affine" or options["bits"] != 4:
+    if options is None or not on_cuda() or options["mode"] != "affine" or options["bits"] != 4 or not _has_cores():
         return False
     fits = x.size == x.shape[-1] and b.shape[-1] <= MOST_RANKS and x.dtype in WORDS
     alike = x.dtype == packed[SCALES].dtype == packed.get(BIAS, b).dtype == b.dtype
     return fits and alike and is_right(x.dtype, options["group_size"])
+
+
+@cache
+def _has_cores() -> bool:
+    """Whether the chip's tensor cores multiply 16 columns at a time: from sm_80 on. For others nothing is compiled."""
+    return int(mx.device_info().get("compute_capability_major", 0)) >= 8
 
 
 @cache
@@ -246,7 +253,7 @@ def is_right(dtype: mx.Dtype, group_size: int) -> bool:
     remembered."""
     text = hashlib.sha256((source(dtype, 2, list(TERMS)) + HEADER).encode()).hexdigest()
     kind = f"product_and_update {text[:16]}, groups of {group_size}"
-    return tried(kind, _built, dtype, partial(_error, dtype, group_size), MOST_ERROR)
+    return tried(kind, _built, (dtype, group_size), partial(_error, dtype, group_size), MOST_ERROR)
 
 
 def _error(dtype: mx.Dtype, group_size: int) -> float:
@@ -264,9 +271,9 @@ def _error(dtype: mx.Dtype, group_size: int) -> float:
         mx.eval(all_ways)
     except (RuntimeError, ValueError, OSError, KeyError):
         return math.inf
-    x, _, a, b, gain, shift = (array.astype(mx.float32) for array in arrays)
-    w, scales, biases = packed.values()
-    whole = mx.dequantize(w, scales.astype(mx.float32), biases.astype(mx.float32), **options)
-    z = mx.concatenate([mx.repeat(x @ a[0, i].T, width, axis=0) for i, width in enumerate(widths)])  # (out, r)
-    expected = ((x @ whole.T)[0] + shift) * gain + shift + (b[0] * z).sum(axis=-1)
-    return largest_error(all_ways, expected)
+    update = by_products(x, a, b, widths)[0]
+    x, gain, shift, scales, biases = (
+        array.astype(mx.float32) for array in (x, gain, shift, packed[SCALES], packed["biases"])
+    )
+    whole = mx.dequantize(packed["weight"], scales, biases, **options)
+    return largest_error(all_ways, ((x @ whole.T)[0] + shift) * gain + shift + update)

@@ -120,7 +120,7 @@ def attend(q: mx.array, keys: mx.array, values: mx.array, left: mx.array, held: 
     q: (rows, heads, 1, width); keys, values: (rows, groups, places, width); left, held: (rows,) int32.
     """
     rows, heads = q.shape[:2]
-    (out,) = _kernel(_built.get(q.dtype, build))(
+    (out,) = _kernel(_built.get((q.dtype, keys.shape[-1], values.shape[-1]), build))(
         inputs=[q, keys, values, left, held, _number(scale)],
         template=[("T", q.dtype), ("K", keys.shape[-1]), ("V", values.shape[-1]), ("WARPS", WARPS)],
         grid=(heads * LANES * WARPS, rows, 1),
@@ -131,7 +131,7 @@ def attend(q: mx.array, keys: mx.array, values: mx.array, left: mx.array, held: 
     return out
 
 
-_built: dict[mx.Dtype, Callable[..., Any]] = {}  # how the kernel is built for each type
+_built: dict[tuple[Any, ...], Callable[..., Any]] = {}  # how the kernel is built for a type and widths
 
 
 @cache
@@ -149,7 +149,7 @@ def is_right(dtype: mx.Dtype, *widths: int) -> bool:
     """Whether this device computes with the kernel what it computes with products; tried once, and remembered."""
     text = hashlib.sha256((SOURCE + FEW).encode()).hexdigest()
     kind = f"attend_rows {text[:16]}, {dtype}, {widths[0]} and {widths[1]} wide"
-    return tried(kind, _built, dtype, partial(_error, dtype, *widths), MOST_ERROR)
+    return tried(kind, _built, (dtype, *widths), partial(_error, dtype, *widths), MOST_ERROR)
 
 
 def _error(dtype: mx.Dtype, width: int, out_width: int) -> float:

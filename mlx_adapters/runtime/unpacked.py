@@ -59,7 +59,8 @@ def unpacked(layer: nn.Module, a: mx.array, b: mx.array) -> mx.array:
     """W + b a of a layer whose W (out, in) is packed, in the type of a (r, in) and b (out, r)."""
     w, scales, biases = (layer[name] for name in QUANTIZED_LEAVES)
     (outputs, words), rank = w.shape, a.shape[0]
-    (out,) = _kernel(_built.get(a.dtype, build))(
+    way = _built.get((a.dtype, layer.bits, layer.group_size, rank), build)
+    (out,) = _kernel(way)(
         inputs=[w, scales, biases, a, b],
         template=[
             ("T", a.dtype),
@@ -77,7 +78,7 @@ def unpacked(layer: nn.Module, a: mx.array, b: mx.array) -> mx.array:
     return out
 
 
-_built: dict[mx.Dtype, Callable[..., Any]] = {}  # how the kernel is built for each type
+_built: dict[tuple[Any, ...], Callable[..., Any]] = {}  # how it is built for a type, bits, size of groups and rank
 
 
 @cache
@@ -97,7 +98,9 @@ def is_right(dtype: mx.Dtype, bits: int, group_size: int, rank: int) -> bool:
     """Whether this device computes with the kernel what it computes with products; tried once, and remembered."""
     text = hashlib.sha256((SOURCE + FEW).encode()).hexdigest()
     kind = f"unpacked {text[:16]}, {dtype}, {bits} bits, groups of {group_size}, rank {rank}"
-    return tried(kind, _built, dtype, partial(_error, dtype, bits, group_size, rank), MOST_ERROR)
+    return tried(
+        kind, _built, (dtype, bits, group_size, rank), partial(_error, dtype, bits, group_size, rank), MOST_ERROR
+    )
 
 
 def _error(dtype: mx.Dtype, bits: int, group_size: int, rank: int) -> float:

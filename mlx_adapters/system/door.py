@@ -169,7 +169,7 @@ def _complete(module: nn.Module) -> None:
 
 
 def parts(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(path, module) of a model and of all modules in it, as its `named_modules`, four times as fast, in their order."""
+    """(path, module) of a model and of all modules in it: its `named_modules`, in a third of the time."""
     yield "", module
     yield from _parts(module, "")
 

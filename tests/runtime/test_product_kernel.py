@@ -33,6 +33,7 @@ def honest(x, packed, options, a, b, widths, gain=None, shift=None, share=None):
 def cuda(monkeypatch):
     """What is said to be CUDA, whose kernel computes what `product_and_update` is set to."""
     monkeypatch.setattr(product_kernel, "on_cuda", lambda: True)
+    monkeypatch.setattr(product_kernel, "_has_cores", lambda: True)
     monkeypatch.setattr(kernel, "on_gpu", lambda: False)
     monkeypatch.setattr(quantized_check, "remembered", lambda kind, measure: measure())
     product_kernel.is_right.cache_clear()
@@ -100,14 +101,32 @@ def test_where_it_is_wrong_it_is_not_used(cuda, wrong):
     assert mx.array_equal(got, right) and not product_kernel.is_right(mx.bfloat16, 32)
 
 
-def test_groups_that_it_is_wrong_for_leave_others_as_they_are_built(cuda):
+def test_each_size_of_groups_is_built_in_the_first_way_that_is_right_for_it(cuda):
     first, other = (lambda *given: None for _ in range(2))
     first.__name__, other.__name__ = "first", "other"
     cuda.setattr(quantized_check, "ways", lambda: [first, other])
     cuda.setattr(product_kernel, "_built", {})
-    cuda.setattr(product_kernel, "_error", lambda dtype, group_size: 0.0 if group_size == 64 else 1.0)
-    assert [product_kernel.is_right(mx.float16, size) for size in (64, 32)] == [True, False]
-    assert product_kernel._built == {mx.float16: first}
+    right = {64: [first, other], 32: [other], 128: []}
+
+    def error(dtype, group_size):
+        return 0.0 if product_kernel._built[dtype, group_size] in right[group_size] else 1.0
+
+    cuda.setattr(product_kernel, "_error", error)
+    assert [product_kernel.is_right(mx.float16, size) for size in right] == [True, True, False]
+    assert product_kernel._built == {(mx.float16, 64): first, (mx.float16, 32): other}
+
+
+@pytest.mark.parametrize(("major", "there"), [(7, False), (8, True), (12, True)])
+def test_for_a_chip_without_its_tensor_cores_nothing_is_compiled(monkeypatch, major, there):
+    tried = []
+    monkeypatch.setattr(product_kernel, "on_cuda", lambda: True)
+    monkeypatch.setattr(product_kernel.mx, "device_info", lambda: {"compute_capability_major": major})
+    monkeypatch.setattr(product_kernel, "is_right", lambda *given: tried.append(given) or True)
+    product_kernel._has_cores.cache_clear()
+    x, scales = mx.zeros((1, 1, 64), mx.bfloat16), mx.zeros((8, 2), mx.bfloat16)
+    options = {"mode": "affine", "bits": 4, "group_size": 32}
+    assert product_kernel.serves(x, {"scales": scales}, options, scales) == there == bool(tried)
+    product_kernel._has_cores.cache_clear()
 
 
 def test_its_text_has_a_place_for_each_layer_and_only_the_terms_that_are_there():
