@@ -74,10 +74,10 @@ class Strategy:
     def _choose_method(self, targets: set[Quantization]) -> Method:
         if not targets or self.options.method != "auto":
             return self.options.method if targets else "none"
-        if self.trained_through and not self.mixed:
+        if self.trained_through and not self.options.mixed:
             self.on_event(Note(THROUGH))
             return "nearest"
-        return "calibrated" if self.mixed or any(target.bits < 8 for target in targets) else "nearest"
+        return "calibrated" if self.options.mixed or any(target.bits < 8 for target in targets) else "nearest"
 
     def warn(self, text: str) -> None:
         """Tell it now and in the result; `text` without a full stop."""
@@ -94,7 +94,7 @@ class Strategy:
                 self.assembly.base.check_tokens(tokens, text.source)
             return text
         except AdapterError as error:
-            if o.calibration is not None or o.method == "calibrated" or self.mixed:
+            if o.calibration is not None or o.method == "calibrated" or self.options.mixed:
                 raise
             self.warn(f"No calibration and no check: {error.message.removesuffix('.')}")
             self.method = "nearest" if self.method == "calibrated" else self.method
@@ -110,10 +110,6 @@ class Strategy:
                 f"The model has {now:.2f} bits per weight already, more than the {budget} allowed.",
                 "start with a smaller --bits, or allow a larger budget.",
             )
-
-    @property
-    def mixed(self) -> bool:
-        return self.options.max_kl is not None or self.options.budget_bits is not None
 
     def disk_bytes(self) -> int:
         """Bytes that the fused model takes on the disk at most, with what calibration keeps beside it until then."""
@@ -133,7 +129,7 @@ class Strategy:
         """The precisions besides their own that layers are rounded to, to choose from."""
         return (
             {q for plan in self.assembly.plans if plan.rounded_to for q in finer(plan.rounded_to)}
-            if self.mixed
+            if self.options.mixed
             else set()
         )
 
@@ -154,10 +150,11 @@ class Strategy:
         if spool.nearest:
             layers = count(len(spool.nearest), "layer")
             self.notes += (f"rounding to nearest was better than calibration for {layers} of {len(spool.losses)}",)
-        if self.mixed:
+        if self.options.mixed:
             self.targets = self._choose_targets(spool)
             assembly.retarget(self.targets)
-        if self._nearest_is_better(spool, self.text.calibration):
+        promised = self.options.max_kl is not None  # of what was measured, which stays
+        if not promised and self._nearest_is_better(spool, self.text.calibration):
             self._round_to_nearest(spool, NEAREST)
         elif self.options.thorough:
             self._polish(spool, self.text.calibration)
@@ -183,7 +180,7 @@ class Strategy:
                     options.thorough,
                 )
             except ModelError as error:
-                if self.mixed or options.method == "calibrated":
+                if self.options.mixed or options.method == "calibrated":
                     raise
                 self._round_to_nearest(spool, error.message.rstrip("."))
                 return None

@@ -146,8 +146,7 @@ def fuse_command(
         refuse_ignored("check_rows", "a GGUF file, which is not checked")
     if asked.method == "calibrated" and bits == "none":
         refuse_ignored("method", "--bits none")
-    grows = asked.max_kl is not None or asked.budget_bits is not None
-    if asked.method == "nearest" or bits == "none" or (asked.method == "auto" and bits == "8" and not grows):
+    if asked.method == "nearest" or bits == "none" or (asked.method == "auto" and bits == "8" and not asked.mixed):
         why = "--bits none" if bits == "none" else "--method nearest" if asked.method == "nearest" else "--bits 8"
         why += " without --method calibrated" if why == "--bits 8" else ""
         refuse_ignored("thorough calibration_rows resume" + (" calibration" if not asked.check else ""), why)

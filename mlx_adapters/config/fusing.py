@@ -90,13 +90,18 @@ class FuseOptions:
         require(
             self.max_kl is None or self.check, "max_kl is a promise that has to be checked.", "leave out --no-check."
         )
-        if self.budget_bits is not None or self.max_kl is not None:
+        if self.mixed:
             require(self.method != "nearest", "Mixed precision needs the method 'calibrated'.", "leave --method out.")
         require(
             self.recipe is None or self.format == "mlx",
             "A recipe of mixed precision needs the MLX format.",
             "leave --format.",
         )
+
+    @property
+    def mixed(self) -> bool:
+        """Whether layers may get more bits than they are asked for."""
+        return self.max_kl is not None or self.budget_bits is not None
 
 
 def with_calibration(options: FuseOptions, calibration: Any) -> FuseOptions:

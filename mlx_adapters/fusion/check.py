@@ -106,6 +106,11 @@ def check_fused(
 def measure_survival(base: BaseWeights, fused: BaseWeights, updates: Updates, name: str) -> tuple[Survival, ...]:
     """Survival of every changed layer. Raises IncompatibleError if the layers do not correspond."""
     results = []
+    kinds = [type(weights.module) for weights in (fused, base)]
+    if len({(kind.__module__, kind.__qualname__) for kind in kinds}) > 1:
+        one, other = (kind.__module__.rpartition(".")[2] for kind in kinds)
+        why = f"'{name}' is not a fused version of this base: it is a {one}, the base a {other}."
+        raise IncompatibleError(why, "name the base that it was made from with --base.")
     for path in base.layers:
         shape = weight_shape(base.layers[path])
         if path not in fused.layers or weight_shape(fused.layers[path]) != shape:

@@ -22,7 +22,7 @@ from mlx_adapters.calibration.strategy import Strategy
 from mlx_adapters.calibration.texts import GENERAL, PYTHON, choose_text
 from mlx_adapters.config.fusing import DEFAULTS, FuseOptions, with_calibration
 from mlx_adapters.config.mapping import from_mapping, require, to_mapping
-from mlx_adapters.config.quantization import DTYPES, Precision, PrecisionLike
+from mlx_adapters.config.quantization import DTYPES, KEEP, Precision, PrecisionLike
 from mlx_adapters.data.datasets import Data
 from mlx_adapters.errors import ConfigError, FidelityError, IncompatibleError
 from mlx_adapters.events import Note, OnEvent, log_warnings
@@ -106,16 +106,17 @@ def fuse(
     replacing.refuse_reading_inside(out, [resolved, file, *(adapter for adapter, _ in updates.adapters)])
     check_program(options.program, resolved, out)
     writer = make_writer(options, precision, dtype, resolved)
-    mixed = options.max_kl is not None or options.budget_bits is not None
     if options.format != "mlx":
         require(
-            not mixed, "Mixed precision needs the MLX format.", "leave out --max-kl and --budget-bits, or --format."
+            not options.mixed,
+            "Mixed precision needs the MLX format.",
+            "leave out --max-kl and --budget-bits, or --format.",
         )
     require(
         options.recipe is None or precision.bits == "keep", "A recipe says the bits of each layer.", "leave --bits out."
     )
     assembly = open_assembly(resolved, updates, writer, any_base, options.recipe)
-    notes = _notes(assembly, on_event)
+    notes = _notes(assembly, precision, on_event)
     strategy = Strategy(assembly, options, on_event)
     beside = companion_bytes(resolved) + writer.beside_bytes(assembly)
     paths.require_free_space(out, strategy.disk_bytes() + beside + SPARE_BYTES)
@@ -200,9 +201,17 @@ def choose_base(base: BaseLike | None, updates: Updates) -> Base:
     return resolve_base(base, everything=True)
 
 
-def _notes(assembly: Assembly, on_event: OnEvent) -> tuple[str, ...]:
+def _notes(assembly: Assembly, precision: Precision, on_event: OnEvent) -> tuple[str, ...]:
     """What is to be told of layers that are not as asked: of all together, then of each."""
     plans, left = assembly.plans, [plan for plan in assembly.plans if plan.note]
+    bits = [plan.target.bits for plan in plans if plan.target is not None]
+    others = [own for own in bits if own != precision.bits]
+    numbers = " and ".join(map(str, sorted(set(others))))
+    if assembly.precision == KEEP != precision and others:  # the base has as many bits as are asked for
+        stay = f"{count(len(others), 'layer')} of {len(bits)} stay at the base's own {numbers} bits"
+        told = f"{stay}: {8 * assembly.size_bytes() / assembly.parameters:.2f} bits per weight in all"
+        on_event(Note(f"{told}."))
+        return (told,)
     if not left:
         return ()
     first = f"{left[0].path}: {left[0].note}"

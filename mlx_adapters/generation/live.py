@@ -39,7 +39,6 @@ from mlx_adapters.runtime.pool import AdapterPool
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.sources.lookup import load_adapter, plain
 from mlx_adapters.system.door import mx
-from mlx_adapters.system.limits import garbage_later
 from mlx_adapters.units import count
 
 log = logging.getLogger("mlx_adapters.generation.live")
@@ -421,7 +420,6 @@ class LiveModel(Model):
             return texts_of(self, self.pool, requests, max_batch, chosen, self.kv, self.drafter)
 
 
-@garbage_later()
 def load_model(
     base: BaseLike,
     adapter: AdapterLike | None = None,

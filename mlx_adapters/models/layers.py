@@ -19,6 +19,7 @@ from mlx_adapters.models.metadata import FULL, AdapterConfig, base_of
 from mlx_adapters.storage import tensor_names
 from mlx_adapters.storage.tensor_names import LORA_A, LORA_B, MAGNITUDE, QUANTIZED_LEAVES, WEIGHT
 from mlx_adapters.surgery.caches import trace
+from mlx_adapters.surgery.calls import parts
 from mlx_adapters.system.door import (
     DoRAEmbedding,
     DoRALinear,
@@ -29,7 +30,6 @@ from mlx_adapters.system.door import (
     SwitchLinear,
     mx,
     nn,
-    parts,
 )
 
 LINEAR = (nn.Linear, nn.QuantizedLinear)

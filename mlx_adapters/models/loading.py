@@ -38,6 +38,7 @@ from mlx_adapters.models.quantized_check import replace_miscomputed
 from mlx_adapters.storage.paths import refuse_pointer
 from mlx_adapters.storage.tensor_names import QUANTIZED_LEAVES, WEIGHT, split
 from mlx_adapters.surgery.caches import compute_as_generated, trace
+from mlx_adapters.surgery.calls import parts
 from mlx_adapters.surgery.groups import Origins, reading_into_place
 from mlx_adapters.system.door import (
     TRUST_IT,
@@ -45,7 +46,6 @@ from mlx_adapters.system.door import (
     load_tokenizer,
     mx,
     nn,
-    parts,
     trusts_remote_code,
 )
 from mlx_adapters.system.limits import files_hint, garbage_later, wire_memory

@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from typing import Any
 
-from mlx_adapters.surgery.calls import intercept
+from mlx_adapters.surgery.calls import intercept, parts
 from mlx_adapters.surgery.cuda import hand_over
 from mlx_adapters.surgery.padded import PaddedCache
-from mlx_adapters.system.door import KVCache, make_prompt_cache, mx, nn, parts
+from mlx_adapters.system.door import KVCache, make_prompt_cache, mx, nn
 
 Make = Callable[[], list[Any]]  # gives empty caches
 

@@ -162,25 +162,9 @@ def load_mlx_model(folder: Path, config: dict[str, Any]) -> tuple[nn.Module, dic
 
 def _complete(module: nn.Module) -> None:
     """Give the parts of a model whose code forgot `nn.Module.__init__` what that sets (RecurrentGemma)."""
-    sets = vars(nn.Module()).keys()
-    for _, part in parts(module):
-        if not sets <= vars(part).keys():
+    for part in module.modules():
+        if "_no_grad" not in vars(part):
             vars(part).update(vars(nn.Module()) | vars(part))
-
-
-def parts(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(path, module) of a model and of all modules in it: its `named_modules`, in a third of the time."""
-    yield "", module
-    yield from _parts(module, "")
-
-
-def _parts(tree: Any, path: str) -> Iterator[tuple[str, nn.Module]]:
-    for name, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
-        if isinstance(value, dict | list):
-            below = f"{path}.{name}" if path else str(name)
-            if isinstance(value, nn.Module):
-                yield below, value
-            yield from _parts(value, below)
 
 
 def load_tokenizer(folder: Path, eos_token_ids: Any, chat_template: str | None = None) -> TokenizerWrapper:

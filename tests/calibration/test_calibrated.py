@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,6 +35,7 @@ from mlx_adapters.config.quantization import Quantization
 from mlx_adapters.data import datasets
 from mlx_adapters.data.batches import make_batches
 from mlx_adapters.errors import ConfigError, FidelityError, FormatError, IncompatibleError, NotFoundError
+from mlx_adapters.events import Note
 from mlx_adapters.fusion.check import check_fused
 from mlx_adapters.fusion.fuse import fuse, fuse_again
 from mlx_adapters.models.adapter import write_adapter
@@ -533,6 +536,48 @@ def test_check_only_judges_what_others_fused(tiny_model, tmp_path, data, home):
     assert json.loads(run.stdout)["fidelity"]["rows"] == 12
     with pytest.raises(IncompatibleError, match="not a fused version"):
         check_fused(tiny_model("llama"), adapter, options=options)
+
+
+def test_check_only_refuses_another_architecture_of_the_same_shapes(tiny_model, tmp_path, data):
+    """Granite has llama's layers and scales what goes through them."""
+    folder, other = tiny_model("llama"), tmp_path / "granite"
+    shutil.copytree(folder, other)
+    scaled = {"logits_scaling": 2.0, "attention_multiplier": 0.1, "embedding_multiplier": 3.0, "residual_multiplier": 1}
+    settings = files.read_json(folder / "config.json") | {"model_type": "granite", **scaled}
+    files.write_json(other / "config.json", settings | {"attention_bias": False, "mlp_bias": False})
+    options = FuseOptions(method="nearest", calibration=str(data), **FEW)
+    with pytest.raises(IncompatibleError, match="granite, the base a llama"):
+        check_fused(other, visible_adapter(folder, strength=0.05), options=options)
+
+
+def test_what_a_promise_was_measured_on_is_what_is_written(tiny_model, tmp_path, data, monkeypatch):
+    """However few rows there are: rounding to nearest, at the precisions that calibration chose, was not measured."""
+    folder, events = tiny_model("llama", bits=4), []
+    monkeypatch.setattr("mlx_adapters.calibration.strategy.Strategy._nearest_is_better", lambda *_: True)
+    options = FuseOptions(calibration=str(data), max_kl=0.002, **FEW)
+    made = fuse(
+        folder, visible_adapter(folder, strength=0.05), tmp_path / "out", options=options, on_event=events.append
+    )
+    told = [re.search(r"KL (\S+), promised", event.text) for event in events if isinstance(event, Note)]
+    measured = [float(found[1]) for found in told if found]
+    assert made.method == "calibrated"
+    assert min(abs(kl - made.fidelity.kl_mean) for kl in measured if kl <= 0.002) < 1e-5
+
+
+def test_layers_of_another_precision_that_stay_are_told(tiny_model, tmp_path):
+    folder, events = tiny_model("llama"), []
+    options = FuseOptions(method="nearest", check=False)
+    with_recipe = replace(options, recipe="mixed_4_6")
+    base = fuse(folder, visible_adapter(folder), tmp_path / "base", options=with_recipe).folder
+    made = fuse(base, visible_adapter(base), tmp_path / "out", quantization=4, options=options, on_event=events.append)
+    (note,) = [note for note in made.notes if "stay" in note]
+    assert f"{made.bits_per_weight:.2f} bits per weight" in note and "6 bits" in note
+    assert any(note in event.text for event in events if isinstance(event, Note))
+    module, _ = load_module(resolve_base(made.folder))
+    kinds = [quantization_of(layer).bits for _, layer in module.named_modules() if quantization_of(layer)]
+    assert note.startswith(f"{kinds.count(6)} layers of {len(kinds)} ")
+    kept = fuse(base, visible_adapter(base), tmp_path / "kept", options=options)
+    assert not any("stay" in note for note in kept.notes)
 
 
 LIMITED = """

@@ -9,8 +9,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_adapters.models.loading import load_module
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.surgery.caches import compute_as_generated, same_function
-from mlx_adapters.surgery.calls import intercept
-from mlx_adapters.system.door import parts
+from mlx_adapters.surgery.calls import intercept, parts
 
 
 def test_layers_that_share_keys_through_a_cache_compute_as_they_generate(tmp_path):
