@@ -1,6 +1,7 @@
 # Make .venv and install this package into it: `. scripts/_setup.sh EXTRAS`, e.g. "" or "test".
 # Sets $python. Does nothing when .venv already holds what pyproject.toml asks for. PYTHON chooses the interpreter.
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+unset PYTHONDONTWRITEBYTECODE # Python keeps what it compiled: a tenth of what is installed is ever used
 
 say() { printf '%s\n' "$*" >&2; }
 
@@ -100,7 +101,7 @@ set_up() {
       "$base" -m venv .venv
     fi
     say "Installing into .venv with pip"
-    "$python" -m pip install --quiet --disable-pip-version-check -e ".${extras:+[$extras]}"
+    "$python" -m pip install --quiet --no-compile --disable-pip-version-check -e ".${extras:+[$extras]}"
   fi
   fast_blas "$extra"
   touch "$stamp"
