@@ -64,7 +64,7 @@ def test_a_model_learns_to_call_and_to_stop(family, tmp_path):
         data,
         name="calls",
         lora=LoraConfig(rank=32, scale=8.0),
-        training=TrainConfig(iterations=200, batch_size=4, learning_rate=5e-3, mask_prompt=True, schedule="cosine"),
+        training=TrainConfig(iterations=150, batch_size=4, learning_rate=5e-3, mask_prompt=True, schedule="cosine"),
         on_event=lambda event: notes.append(event.text) if isinstance(event, Note) else None,
     )
     assert not any("stop" in note or "leaves out" in note for note in notes)

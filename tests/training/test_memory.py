@@ -158,7 +158,7 @@ def test_quantized_base_counts_as_it_is_loaded(tiny_model):
 def test_estimate_says_what_would_fit(tiny_model, tmp_path, monkeypatch):
     measure_once(monkeypatch)
     data = write_data(tmp_path / "data", rows=20)
-    folder = tiny_model("llama", **DEEP)
+    folder = tiny_model("llama", num_hidden_layers=6)
     estimated = estimate(folder, data, lora=LORA, training=TRAINING)
     assert estimated.fits and estimated.advice == () and estimated.seconds_per_iteration > 0
     assert estimated.largest_batch[0] == 4
@@ -188,16 +188,16 @@ def test_estimate_says_what_would_fit(tiny_model, tmp_path, monkeypatch):
 
 def test_rows_that_are_far_too_long_are_advised_to_be_cut_to_what_fits(tiny_model):
     base, plan = resolve_base(tiny_model("llama", **DEEP)), forecast.MemoryPlan("blocks")
-    long = tuple(replace(row, trained=np.arange(800) > 0) for row in rows(800))
-    cut = (tuple(forecast._cut(row, length) for row in long) for length in (400, 200))
+    long = tuple(replace(row, trained=np.arange(400) > 0) for row in rows(400))
+    cut = (tuple(forecast._cut(row, length) for row in long) for length in (200, 100))
     half, quarter = (forecast.forecast(base, part, LORA, TRAINING, plan)[0].peak_bytes for part in cut)
     usable = int((half + quarter) / 2 / forecast.ROOM)
     assert any(
-        line.startswith("--max-seq-length 200:") for line in forecast._advice(base, long, LORA, TRAINING, plan, usable)
+        line.startswith("--max-seq-length 100:") for line in forecast._advice(base, long, LORA, TRAINING, plan, usable)
     )
 
 
 def test_memory_grows_with_batch_and_length(tiny_model):
     base = resolve_base(tiny_model("llama", **DEEP))
     peak = lambda training, length: forecast.forecast(base, rows(length), LORA, training)[0].peak_bytes  # noqa: E731
-    assert peak(TRAINING, 100) < peak(TRAINING, 200) < peak(replace(TRAINING, batch_size=8), 200)
+    assert peak(TRAINING, 50) < peak(TRAINING, 100) < peak(replace(TRAINING, batch_size=8), 100)
