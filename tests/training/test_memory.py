@@ -80,12 +80,12 @@ def needed_alone(monkeypatch):
 CASES = {
     "plain": (LORA, TRAINING, 100),
     "longer": (LORA, TRAINING, 250),
-    "few layers": (replace(LORA, num_layers=3), TRAINING, 200),
-    "recomputing": (LORA, replace(TRAINING, grad_checkpoint=True), 200),
+    "few layers": (replace(LORA, num_layers=3), TRAINING, 120),
+    "recomputing": (LORA, replace(TRAINING, grad_checkpoint=True), 120),
     "large adapter": (replace(LORA, rank=64), TRAINING, 50),
-    "dpo": (LORA, replace(TRAINING, objective=DPO()), 150),
-    "orpo": (LORA, replace(TRAINING, objective=ORPO(), grad_checkpoint=True), 150),
-    "kto": (LORA, replace(TRAINING, objective=KTO(), grad_accumulation=2), 200),
+    "dpo": (LORA, replace(TRAINING, objective=DPO()), 80),
+    "orpo": (LORA, replace(TRAINING, objective=ORPO(), grad_checkpoint=True), 80),
+    "kto": (LORA, replace(TRAINING, objective=KTO(), grad_accumulation=2), 100),
 }
 
 
