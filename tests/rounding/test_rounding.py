@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_adapters.calibration.collecting import gram
+from mlx_adapters.calibration.moments import gram
 from mlx_adapters.config.quantization import QUANTIZATIONS, Quantization
 from mlx_adapters.rounding import feedback
 from mlx_adapters.rounding.engines import NUMPY
