@@ -164,8 +164,7 @@ class AnswerReader:
 class Answer:
     """What was written of one answer, put together of its parts.
 
-    `read` None: all of it is content. `tokens` are what the engine tells of each; `pieces` the parts as they came, with
-    the tokens that came with them. `reasoning_tokens` are those of
+    `read` None: all of it is content. `tokens` are what the engine tells of each; `reasoning_tokens` are those of
     `completion_tokens` that were written after reasoning began, with the mark that ends it.
     """
 
@@ -177,7 +176,6 @@ class Answer:
     def __post_init__(self) -> None:
         self.calls: list[ToolCall] = []
         self.tokens: list[Any] = []
-        self.pieces: list[tuple[list[Part | ToolCall], Sequence[Any]]] = []
         self.completion_tokens = self.reasoning_tokens = 0
 
     def count(self, completion_tokens: int) -> int:

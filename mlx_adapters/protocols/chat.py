@@ -80,6 +80,9 @@ class Writer:
     def note_first(self, at: float | None) -> None:
         """When an answer's first token was written (seconds of `time.monotonic`); its text may come much later."""
 
+    def note(self, index: int, parts: Sequence[Part | ToolCall], tokens: Sequence[Token], answer: Answer) -> None:
+        """Take in a piece of the choice `index` of answers that will be told whole."""
+
     def whole(self, answers: Sequence[Answer], usage: Body) -> Body:
         """The body of answers that are not streamed."""
         choices = [self._choice(i, answer) for i, answer in enumerate(answers)]

@@ -142,11 +142,13 @@ class ResponseWriter(Writer):
         self._number += 1
         return f"event: {chunk['type']}\ndata: {json.dumps(chunk)}\n\n".encode()
 
+    def note(self, *piece: Any) -> None:
+        """Take it in as a streamed one's."""
+        for _ in self.piece(*piece):
+            pass
+
     def whole(self, answers: Sequence[Answer], usage: Body) -> Body:
         """The body of a response that is not streamed: that which ends its stream."""
-        (answer,) = answers
-        for parts, tokens in answer.pieces:
-            list(self.piece(0, parts, tokens, answer))
         body: Body = list(self.end(answers, usage))[-1]["response"]
         return body
 

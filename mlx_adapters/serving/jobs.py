@@ -262,7 +262,8 @@ class Reply:
                 if not event.done():
                     event.cancel()
                     raise ClientDisconnect
-                self._take(*event.result())
+                index, parts, tokens = self._take(*event.result())
+                self.writer.note(index, parts, tokens, self.answers[index])
             return self.writer.whole(self.answers, self._usage)
         finally:
             gone.cancel()
@@ -300,8 +301,7 @@ class Reply:
         answer = self.answers[index]
         self.told["completion_tokens"] += answer.count(made)
         answer.tokens += tokens
-        answer.pieces.append((answer.add(text, reason), tokens))
-        return index, *answer.pieces[-1]
+        return index, answer.add(text, reason), tokens
 
     @property
     def _usage(self) -> dict[str, Any]:
