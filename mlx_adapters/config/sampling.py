@@ -66,6 +66,7 @@ class Sampling:
         check(self)
         bad = [entry for entry in self.logit_bias.items() if not _is_bias(*entry)]
         require(not bad, f"logit_bias maps token ids to numbers, not '{str(bad[0][0])[:40] if bad else ''}'.")
+        require(len(set(map(int, self.logit_bias))) == len(self.logit_bias), "logit_bias names a token twice.")
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         require(all(isinstance(word, str) and word for word in stop), "stop must be texts that are not empty.")
         object.__setattr__(self, "stop", stop)

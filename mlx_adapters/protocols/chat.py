@@ -181,6 +181,31 @@ class Writer:
         return {"token": text, "logprob": _finite(logprob), "bytes": list(text.encode()) if whole else None}
 
 
+class FunctionWriter(Writer):
+    """Of a chat with OpenAI's older `functions`, in whose words an answer has one call: the first."""
+
+    def _deltas(self, index: int, part: Part | ToolCall) -> Iterator[Body]:
+        if isinstance(part, Part):
+            yield from super()._deltas(index, part)
+        elif index not in self._calls:
+            self._calls[index] = 1
+            yield {"function_call": {"name": part.name, "arguments": ""}}
+            yield {"function_call": {"arguments": part.arguments}}
+
+    def _chunk(self, index: int, delta: Body, reason: str | None = None) -> Body:
+        return super()._chunk(index, delta, _older(reason))
+
+    def _choice(self, index: int, answer: Answer) -> Body:
+        choice = super()._choice(index, answer)
+        if calls := choice["message"].pop("tool_calls", None):
+            choice["message"]["function_call"] = calls[0]["function"]
+        return choice | {"finish_reason": _older(answer.finish_reason)}
+
+
+def _older(reason: str | None) -> str | None:
+    return "function_call" if reason == "tool_calls" else reason
+
+
 class CompletionWriter(Writer):
     """OpenAI's older /v1/completions. An echo is the prompt before the answer, with the prompt's log-probabilities."""
 

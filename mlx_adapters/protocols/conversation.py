@@ -38,8 +38,16 @@ class Conversation:
 def read_conversation(fields: Fields) -> Conversation:
     """The checked conversation of a chat's fields. Raises ApiError 400."""
     messages = read_messages(fields.value("messages"))
-    tools = read_tools(fields.value("tools") or _old_functions(fields.value("functions")))
-    return Conversation(messages, *read_choice(fields, tools), read_template_arguments(fields))
+    functions = fields.value("functions")
+    tools = read_tools(_as_tools(functions) if has_functions(fields) else fields.value("tools"))
+    tools, choice, parallel = read_choice(fields, tools)
+    parallel = parallel and not has_functions(fields)
+    return Conversation(messages, tools, choice, parallel, read_template_arguments(fields))
+
+
+def has_functions(fields: Fields) -> bool:
+    """Whether a chat speaks of functions, as OpenAI's API did before it had tools: an answer may call one."""
+    return bool(fields.value("functions")) and not fields.value("tools")
 
 
 def read_messages(value: Any, where: str = "messages") -> list[dict[str, Any]]:
@@ -85,8 +93,8 @@ def _is_text(part: Any) -> bool:
     )
 
 
-def _old_functions(value: Any) -> Any:
-    """OpenAI's older `functions` as tools."""
+def _as_tools(value: Any) -> Any:
+    """OpenAI's older `functions`."""
     return [{"type": "function", "function": one} for one in value] if isinstance(value, list) else value
 
 

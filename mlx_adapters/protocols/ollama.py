@@ -1,7 +1,9 @@
 """Ollama's /api/chat, /api/generate and /api/embed, and what its paths tell of models."""
 
+import hashlib
 import json
 import math
+import re
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -36,6 +38,7 @@ OF_THE_MACHINE = (
     "mirostat_eta",  # of mirostat, which is refused
     "mirostat_tau",
 )
+NO_TIME = re.compile(r"0+(\.0*)?[a-z]*")
 EFFORTS = ("low", "medium", "high")
 
 
@@ -178,9 +181,10 @@ class OllamaWriter(Writer):
         yield self._line("", "", [], self._tokens) | self._ending(answer, usage)
 
     @classmethod
-    def loaded(cls, model: str) -> Body:
-        """The body for a request without a prompt, which asks for the model to be in memory."""
-        return cls._said(model, "", "", []) | {"done": True, "done_reason": "load"}
+    def loaded(cls, model: str, keep_alive: Any) -> Body:
+        """The body for a request without a prompt, which asks for the model to be in memory, or no longer."""
+        gone = NO_TIME.fullmatch(str(keep_alive)) is not None
+        return cls._said(model, "", "", []) | {"done": True, "done_reason": "unload" if gone else "load"}
 
     def _line(self, content: str, reasoning: str, calls: Sequence[ToolCall], tokens: Sequence[Token]) -> Body:
         logprobs = self._logprobs(0, tokens)
@@ -231,13 +235,15 @@ class ModelRecords:
         self._kind = str(model.config.get("model_type"))
         self._since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(since))
 
-    def listed(self, name: str, base: str) -> Body:
-        """A name in the list; `base`: the name that the base is served by."""
+    def listed(self, name: str, base: str, adapter: str | None) -> Body:
+        """A name in the list; `base`: the name that the base is served by; `adapter`: an adapter's fingerprint."""
+        weights = f"{self._model.base.fingerprint} {adapter}"
         return {
             "name": name,
             "model": name,
             "modified_at": self._since,
             "size": 0,
+            "digest": hashlib.sha256(weights.encode()).hexdigest(),
             "details": self._details(name, base),
         }
 

@@ -120,7 +120,7 @@ def _token_ids(fields: Fields, name: str, vocabulary: int) -> tuple[str, ...]:
 def _logit_bias(fields: Fields, vocabulary: int) -> dict[str, float]:
     biases: dict[str, float] = {}
     for key, value in fields.take("logit_bias", dict, {}).items():
-        good = key.isascii() and key.isdigit() and len(key) < 10 and int(key) < vocabulary
+        good = key.isascii() and key.isdigit() and len(key) < 10 and int(key) < vocabulary and str(int(key)) == key
         if not good or isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 100:
             raise ApiError(
                 400,

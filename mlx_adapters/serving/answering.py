@@ -16,8 +16,8 @@ from mlx_adapters.answers.constraints import Constraint, Grammar, Grammars
 from mlx_adapters.answers.reading import Answer, AnswerReader
 from mlx_adapters.errors import ModelError
 from mlx_adapters.models.model import Model
-from mlx_adapters.protocols.chat import CompletionWriter, Writer, embeddings_body
-from mlx_adapters.protocols.conversation import Conversation, read_conversation
+from mlx_adapters.protocols.chat import CompletionWriter, FunctionWriter, Writer, embeddings_body
+from mlx_adapters.protocols.conversation import Conversation, has_functions, read_conversation
 from mlx_adapters.protocols.errors import ApiError, told_as
 from mlx_adapters.protocols.fields import Fields, read_json
 from mlx_adapters.protocols.ollama import (
@@ -60,7 +60,7 @@ class Answering:
         fields = await self.fields(request)
         asked, talk = read_options(fields, True, self.model.vocabulary), read_conversation(fields)
         fields.refuse_rest()
-        return await self.converse(request, fields, asked, talk, Writer)
+        return await self.converse(request, fields, asked, talk, FunctionWriter if has_functions(fields) else Writer)
 
     async def completion(self, request: Request) -> Response:
         """POST /v1/completions."""
@@ -102,7 +102,7 @@ class Answering:
         fields = await self.fields(request)
         if fields.value(writer.asks_in) in (None, "", []):  # so clients ask for the model to be in memory
             name = self.engine.catalog.resolve(ollama_name(fields), None)
-            return JSONResponse(writer.loaded(name))
+            return JSONResponse(writer.loaded(name, fields.value("keep_alive")))
         raw = not writer.chat and fields.take("raw", bool, False)
         if raw and fields.raw.get("system"):
             raise ApiError(
@@ -231,6 +231,8 @@ class Answering:
             if not all(token < self.model.vocabulary for token in prompt):
                 raise ApiError(400, "The text has tokens that the model does not know.", param=writer.asks_in)
             limit = self.token_limit(asked, len(prompt), writer)
+            if (least := asked.sampling.min_tokens) > limit:
+                raise ApiError(400, f"'min_tokens' is {least}, and {limit} may be written.", param="min_tokens")
             for number in range(asked.choices):
                 seed = asked.sampling.seed
                 how = replace(asked.sampling, max_tokens=limit, seed=None if seed is None else (seed + number) % 2**63)

@@ -173,14 +173,17 @@ class Server:
 
     async def ollama_tags(self, _: Request) -> Response:
         """Ollama's list of models."""
-        catalog = self.engine.catalog
-        return JSONResponse({"models": [self.records.listed(name, catalog.base_name) for name in catalog.names]})
+        return JSONResponse({"models": [self._listed(name) for name in self.engine.catalog.names]})
 
     async def ollama_ps(self, _: Request) -> Response:
         """Ollama's list of what is in memory."""
         catalog = self.engine.catalog
         names = [catalog.base_name, *(name for name, served in catalog.served.items() if served.resident)]
-        return JSONResponse({"models": [self.records.listed(name, catalog.base_name) for name in names]})
+        return JSONResponse({"models": [self._listed(name) for name in names]})
+
+    def _listed(self, name: str) -> dict[str, Any]:
+        served = self.engine.catalog.served.get(name)
+        return self.records.listed(name, self.engine.catalog.base_name, served.fingerprint if served else None)
 
     async def ollama_show(self, request: Request) -> Response:
         """What Ollama's clients ask of a model before they chat with it."""

@@ -170,6 +170,9 @@ def test_a_bias_that_a_type_cannot_hold_forces_its_token(dtype):
     for wrong in ({7: 1e39}, {7: float("inf")}, {10**30: 1.0}):
         with pytest.raises(ConfigError, match="logit_bias maps token ids to numbers"):
             Sampling(logit_bias=wrong)
+    for twice in ({"7": 1.0, "07": 2.0}, {"7": 1.0, 7: 1.0}):
+        with pytest.raises(ConfigError, match="logit_bias names a token twice"):
+            Sampling(logit_bias=twice)
 
 
 def test_greedy_rows_need_no_care_of_their_own():

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 
 import httpx
 import numpy as np
@@ -256,7 +257,15 @@ def test_ollamas_paths(server, client):
         load = httpx.post(address + path, json={"model": "a:latest", "keep_alive": "5m", **empty}).json()
         assert (load["model"], load["done"], load["done_reason"]) == ("a", True, "load")
         assert httpx.post(address + path, json={"model": "nobody", **empty}).status_code == 404
-    assert [m["name"] for m in httpx.get(address + "/api/tags").json()["models"]][:2] == ["base", "a"]
+        for nothing in (0, "0", "0s", "0m"):
+            gone = httpx.post(address + path, json={"model": "a", "keep_alive": nothing, **empty}).json()
+            assert (gone["done"], gone["done_reason"]) == (True, "unload")
+    listed = httpx.get(address + "/api/tags").json()["models"]
+    assert [m["name"] for m in listed][:2] == ["base", "a"]
+    digests = [m["digest"] for m in listed]
+    assert len(set(digests)) == len(digests) and all(re.fullmatch("[0-9a-f]{64}", digest) for digest in digests)
+    held = {m["name"]: m["digest"] for m in httpx.get(address + "/api/ps").json()["models"]}
+    assert held["base"] == digests[0]
 
 
 def test_ollama_takes_a_prompt_as_it_is_and_a_schema_with_it(server, client):

@@ -104,6 +104,21 @@ def test_bias_penalties_and_ends(client, server):
     assert len(onward) == 12 and answer.finish_reason == "length"
 
 
+def test_a_token_is_biased_once_and_a_shortest_answer_is_not_longer_than_the_longest(server):
+    chat = server[0] + "/v1/chat/completions", {"messages": CHAT}
+    for (url, body), more, param in (
+        (chat, {"logit_bias": {"5": 1, "05": 2}}, "logit_bias"),
+        (chat, {"min_tokens": 4, "max_tokens": 3}, "min_tokens"),
+        (chat, {"min_tokens": 4, "max_completion_tokens": 3}, "min_tokens"),
+        (chat, {"min_tokens": 1_000_000}, "min_tokens"),
+        ((server[0] + "/v1/completions", {"prompt": "Who?"}), {"min_tokens": 4, "max_tokens": 3}, "min_tokens"),
+    ):
+        refused = httpx.post(url, json={"model": "base", **body, **more})
+        assert refused.status_code == 400 and refused.json()["error"]["param"] == param
+    fits = httpx.post(chat[0], json={"model": "base", **chat[1], "min_tokens": 3, "max_tokens": 3})
+    assert fits.json()["usage"]["completion_tokens"] == 3
+
+
 def test_filters_and_stops(client):
     options = dict(model="base", messages=CHAT, max_tokens=16, temperature=1.5, seed=3)
     greedy = client.chat.completions.create(**options | {"temperature": 0}).choices[0].message.content

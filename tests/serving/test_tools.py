@@ -221,12 +221,29 @@ def test_arguments_are_an_object_and_a_schema_of_anything_else_is_refused(ask):
         assert [call.function.arguments for call in message.tool_calls] == ["{}"]
 
 
+def test_older_functions_are_called_in_the_older_words_whole_and_streamed(ask):
+    """In them an answer has one call."""
+    old = dict(functions=[LOOK["function"]], function_call={"name": "look"}, seed=2)
+    whole = ask(**old).choices[0]
+    assert whole.finish_reason == "function_call" and whole.message.content is None
+    assert whole.message.tool_calls is None
+    assert set(json.loads(whole.message.function_call.arguments)) == {"name", "old"}
+    choices = [chunk.choices[0] for chunk in ask(**old, stream=True)]
+    assert choices[-1].finish_reason == "function_call" and all(each.delta.tool_calls is None for each in choices)
+    told = [each.delta.function_call for each in choices if each.delta.function_call]
+    assert [call.name for call in told] == ["look"] + [None] * (len(told) - 1)
+    assert "".join(call.arguments for call in told) == whole.message.function_call.arguments
+    talk = [*CHAT, whole.message.model_dump(exclude_none=True), {"role": "function", "name": "look", "content": "7"}]
+    assert ask([*talk], functions=old["functions"], max_tokens=4).choices[0].finish_reason in ("length", "stop")
+    both = ask(**old | {"function_call": None}, tools=[LOOK], tool_choice="required", parallel_tool_calls=False)
+    assert len(both.choices[0].message.tool_calls) == 1 and both.choices[0].finish_reason == "tool_calls"
+
+
 def test_the_older_choice_of_a_function_is_the_choice_of_a_tool(ask):
     old = dict(
         functions=[LOOK["function"], LOOK["function"] | {"name": "hear"}], max_tokens=200, parallel_tool_calls=False
     )
-    (call,) = ask(**old, function_call={"name": "hear"}).choices[0].message.tool_calls
-    assert call.function.name == "hear"
+    assert ask(**old, function_call={"name": "hear"}).choices[0].message.function_call.name == "hear"
     free = dict(max_tokens=4, temperature=0)
     plain = ask(**free).usage.prompt_tokens
     assert ask(**old | free, function_call="none").usage.prompt_tokens == plain  # the model is told of none
