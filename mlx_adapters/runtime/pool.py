@@ -33,7 +33,7 @@ from mlx_adapters.runtime.sites import (
     replace_layers,
     wrap,
 )
-from mlx_adapters.storage.tensor_names import split
+from mlx_adapters.storage.tensor_names import ADAPTER_LEAVES, join
 from mlx_adapters.surgery.groups import Arrays, find_groups
 from mlx_adapters.system.door import mx, nn
 from mlx_adapters.system.machine import on_gpu
@@ -111,15 +111,16 @@ class AdapterPool:
         made: dict[Site, Factors] = {}
         keys = set(adapter.config.keys)
         for start in range(0, len(sites), AT_A_TIME):
-            for site in sites[start : start + AT_A_TIME]:
+            some = sites[start : start + AT_A_TIME]
+            for site in some:
                 own = keys.intersection(site.paths)
                 prepared = {key: prepare(self.layers[key], adapter, key, self.dtype) for key in own}
                 if factors := site.assemble(prepared):
                     made[site] = factors
-            mx.eval([factors.arrays for factors in made.values()])
-            taken = {path for site in sites[start : start + AT_A_TIME] for path in site.paths} if spent else set()
-            for tensor in [tensor for tensor in adapter.weights if split(tensor)[0] in taken]:
-                del adapter.weights[tensor]
+            mx.eval([made[site].arrays for site in some if site in made])
+            for path in (path for site in some for path in site.paths if spent):
+                for leaf in ADAPTER_LEAVES:
+                    adapter.weights.pop(join(path, leaf), None)
         return made
 
     def remove(self, name: str) -> None:
