@@ -5,7 +5,7 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -67,14 +67,15 @@ class Prober:
             return seen[-1][0]
 
         try:
-            with as_little_memory_as_will_do():
+            with _leaving_nothing(), as_little_memory_as_will_do():
                 return _through(self._counts(blocks), need, blocks), seen[-1][2]
         except OutOfMemoryError:
             return usable_memory_bytes(), 0
 
     def seconds(self, draw: Draw, blocks: int, warm_up: int = 3, timed: int = 3) -> float:
         """Median time of a step after `warm_up` steps, for `blocks` adapted blocks."""
-        return _through(self._counts(blocks), lambda n: self._measure(draw, n, warm_up, timed)[1], blocks)
+        with _leaving_nothing():
+            return _through(self._counts(blocks), lambda n: self._measure(draw, n, warm_up, timed)[1], blocks)
 
     def _counts(self, blocks: int) -> list[int]:
         for few, more in ((4, 8), (6, 12)):
@@ -154,6 +155,16 @@ class Prober:
         return needed, median, max(min(peaks[-2:]) - needed, 0) if on_gpu() else 0
 
 
+@contextlib.contextmanager
+def _leaving_nothing() -> Iterator[None]:
+    """Afterwards no model that was tried lies in memory: each is in a circle with the calls that it is computed by."""
+    try:
+        yield
+    finally:
+        gc.collect()
+        mx.clear_cache()
+
+
 def _through(counts: list[int], measure: Callable[[int], float], wanted: int) -> float:
     """The straight line through the measurements at `counts` blocks, at `wanted` blocks."""
     values = [measure(count) for count in counts]
@@ -170,18 +181,20 @@ def first_block(adapter: AdapterConfig, blocks: int) -> int:
     return 0 if before else min((i for i in indexes if i is not None), default=blocks)
 
 
-def weight_bytes(module: nn.Module, dtype: str) -> int:
-    """Bytes of the frozen weights once they are loaded for training in `dtype`."""
+def weight_bytes(module: nn.Module, dtype: str, trained: Sequence[str] = ()) -> int:
+    """Bytes of the frozen weights once they are loaded for training in `dtype`: of all modules but those whose own
+    weights are trained."""
     item = {"auto": None if on_gpu() else 4, "float32": 4, "bfloat16": 2, "float16": 2}[dtype]
     if on_gpu():
         set_precision(module, dtype)  # lazily
         dense = miscomputed(module, compute_dtype(module), gradients=True)
     else:
         dense = {path: layer for path, layer in named_layers(module) if is_quantized(layer)}
-    total = sum((item or compute_dtype(module).size) * math.prod(weight_shape(layer)) for layer in dense.values())
+    frozen = [layer for path, layer in dense.items() if path not in trained]
+    total = sum((item or compute_dtype(module).size) * math.prod(weight_shape(layer)) for layer in frozen)
     for name, array in tree_flatten(module.parameters()):
         path, _, leaf = name.rpartition(".")
-        if path in dense and leaf in ("weight", "scales", "biases"):
+        if path in trained or (path in dense and leaf in ("weight", "scales", "biases")):
             continue
         floating = mx.issubdtype(array.dtype, mx.floating)
         total += array.size * item if item and floating else array.nbytes

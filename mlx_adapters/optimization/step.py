@@ -65,7 +65,8 @@ class Taken:
 class TrainStep:
     """A module with adapter layers, and what trains them.
 
-    `weights` are float32, whatever type the module computes in; the step has them packed, as its optimizer says.
+    `weights` are float32, whatever type the module computes in; the step has them packed, as its optimizer says, and
+    the module has none of its own any more (zeros that take no memory).
     `adapted` maps paths to the adapted layers; `rounding` is what fuse-aware training goes through. `heed`: called
     while a step is computed; it may raise to end it.
     """
@@ -102,6 +103,8 @@ class TrainStep:
         }
         self._evaluate = {rounding: compiled(self._make_evaluate(rounding)) for rounding in (False, True)}
         self._gain = {rounding: compiled(self._make_gain(rounding)) for rounding in (False, True)}
+        empty = {name: mx.broadcast_to(mx.zeros((), weight.dtype), weight.shape) for name, weight in own.items()}
+        log_probabilities.set_weights(self.module, empty)  # it would hold what it began with beside what is trained
 
     @property
     def weights(self) -> Weights:

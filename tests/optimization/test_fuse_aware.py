@@ -73,7 +73,8 @@ def test_the_step_has_the_weights_that_fuse_writes(plan, dtype, tiny_model, tmp_
         train_step, adapter = run(folder, planned)
         written = dict(named_layers(fused(folder, adapter, planned, tmp_path / f"{bits}").module))
         for path, layer in train_step.adapted.items():
-            own = updated_weight(dense_weight(layer.linear), layer.lora_a, layer.lora_b, None, layer.scale)
+            a, b = (train_step.weights[f"{path}.{leaf}"] for leaf in ("lora_a", "lora_b"))
+            own = updated_weight(dense_weight(layer.linear), a, b, None, layer.scale)
             assert same_but_for_ties(train_step.rounding.stored(path, own), written[path].weight), path
         through_rounding.round_frozen(train_step.module, train_step.adapted, train_step.rounding)
         for path, layer in named_layers(train_step.module):
@@ -109,7 +110,8 @@ def test_layers_that_a_model_keeps_finer_are_trained_through_that(tiny_model, tm
     assert targets["v_proj"] == Quantization(8, 64) and targets["q_proj"] == planned and targets["o_proj"] is None
     written = dict(named_layers(fused(folder, adapter, planned, tmp_path / "fused").module))
     for path, layer in train_step.adapted.items():
-        own = updated_weight(layer.linear.weight, layer.lora_a, layer.lora_b, None, layer.scale)
+        a, b = (train_step.weights[f"{path}.{leaf}"] for leaf in ("lora_a", "lora_b"))
+        own = updated_weight(layer.linear.weight, a, b, None, layer.scale)
         assert same_but_for_ties(train_step.rounding.stored(path, own), written[path].weight), path
 
 

@@ -44,10 +44,8 @@ def preferences(objective, length: int, count: int = 8) -> tuple[Row, ...]:
 
 def measured(folder, rows, lora, training) -> int:
     model = load_model(resolve_base(folder))
-    keys = setup.add_layers(model, lora, 0).keys
-    layers = dict(named_layers(model.module))
+    adapted = setup.adapted_layers(model.module, setup.add_layers(model, lora, 0))
     reference = {"train": np.zeros((len(rows), 2), np.float32)}
-    adapted = {key: layers[key] for key in keys}
     prepared = setup.prepare(model, training, rows, (), adapted, reference=reference)
     updates = prepared.feed.updates(0)
     mx.eval(prepared.train_step.weights, prepared.train_step.optimizer.arrays())
@@ -83,6 +81,9 @@ CASES = {
     "few layers": (replace(LORA, num_layers=3), TRAINING, 120),
     "recomputing": (LORA, replace(TRAINING, grad_checkpoint=True), 120),
     "large adapter": (replace(LORA, rank=64), TRAINING, 50),
+    "adapter larger than its model": (replace(LORA, rank=1000), TRAINING, 20),
+    "full": (LoraConfig(type="full"), TRAINING, 20),
+    "full, some blocks": (LoraConfig(type="full", num_layers=5), TRAINING, 20),
     "dpo": (LORA, replace(TRAINING, objective=DPO()), 80),
     "orpo": (LORA, replace(TRAINING, objective=ORPO(), grad_checkpoint=True), 80),
     "kto": (LORA, replace(TRAINING, objective=KTO(), grad_accumulation=2), 100),
@@ -102,6 +103,30 @@ def test_forecast_is_within_15_percent(case, tiny_model):
     parts, _ = forecast.forecast(resolve_base(folder), given, lora, training)
     needed = parts.peak_bytes - parts.ahead_bytes
     assert needed == pytest.approx(measured(folder, given, lora, training), rel=0.15)
+
+
+@pytest.mark.parametrize("case", ["large adapter", "full"])
+def test_nothing_lies_in_memory_twice(case, tiny_model):
+    """A forecast leaves no model behind, and a step no weights that it began with."""
+    lora, training, length = CASES[case]
+    folder, given = tiny_model("llama", **DEEP), rows(length)
+    base = resolve_base(folder)
+    gc.collect()
+    gc.disable()
+    try:
+        before = mx.get_active_memory()
+        parts, _ = forecast.forecast(base, given, lora, training)
+        assert mx.get_active_memory() - before < 0.1 * parts.adapter_bytes
+        model = load_model(base)
+        adapted = setup.adapted_layers(model.module, setup.add_layers(model, lora, 0))
+        prepared = setup.prepare(model, training, given, (), adapted)
+        updates = prepared.feed.updates(0)
+        for _ in range(2):
+            prepared.train_step.take(next(updates), 1e-4)
+        held = mx.get_active_memory() - before
+        assert held == pytest.approx(parts.weights_bytes + parts.adapter_bytes + parts.optimizer_bytes, rel=0.1)
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("splits", [True, False])

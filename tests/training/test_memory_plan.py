@@ -15,6 +15,7 @@ from mlx_adapters.errors import ConfigError, TrainingError
 from mlx_adapters.events import Note
 from mlx_adapters.models.layers import named_layers
 from mlx_adapters.models.loading import load_model
+from mlx_adapters.optimization.distributed import World
 from mlx_adapters.optimization.probe import Prober
 from mlx_adapters.optimization.step import MemoryPlan, TrainStep
 from mlx_adapters.sources.bases import resolve_base
@@ -167,6 +168,34 @@ def test_batches_are_taken_in_parts_where_nothing_else_helps(deep):
     assert read_json(adapter_folder("parts") / "recipe.json")["memory"]["positions"]
     if not estimated.fits:
         assert any("hardly fit" in text for text in said)
+
+
+def test_what_does_not_fit_is_not_said_to_fit(deep):
+    training = replace(SHORT, memory_limit="1MB")
+    said = notes_of(lambda say: train(*deep, name="tight", lora=LORA, training=training, on_event=say))
+    assert any("of 1 MB: blocks are computed again, 1 row at a time, the least there is" in text for text in said)
+    assert any("hardly fit" in text for text in said) and not any("so that it fits" in text for text in said)
+
+
+def test_of_several_processes_each_is_foreseen_with_its_share_of_a_batch(deep, monkeypatch):
+    class First(World):
+        def share(self, make):
+            return make()
+
+    shapes = []
+
+    def step_bytes(prober, draw, blocks):
+        shapes.extend(batch.tokens.shape for batch in draw.batches)
+        return 1e9 * shapes[-1][0], 0
+
+    monkeypatch.setattr(Prober, "step_bytes", step_bytes)
+    base, data = resolve_base(deep[0]), read_data(deep[1])
+    rows = tokenize_for(data.rows("train"), load_model(base).tokenizer, SHORT).rows
+    limited = replace(SHORT, memory_limit="1.5GB")
+    memory = forecast.memory_of_run(base, rows, LORA, limited, {}, True, First(0, 2), lambda event: None)
+    longest = max(row.length for row in rows)
+    assert shapes == [(2, longest)] * 3 + [(1, longest), (1, sorted(row.length for row in rows)[-3])]
+    assert memory.again == "blocks" and memory.positions
 
 
 def test_what_is_asked_for_is_taken(deep):
