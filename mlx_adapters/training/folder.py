@@ -191,6 +191,8 @@ class RunFolder:
         """What to type to go on."""
         if self.begun:
             return f"Go on with: mlx-adapters train --resume {self.reference}"
+        if not self.writes:
+            return f"If the first process has saved it, go on with: mlx-adapters train --resume {self.reference}"
         old = f" '{self.reference}' is as it was." if self.path.is_dir() else ""
         return f"Nothing was saved yet.{old}"
 

@@ -8,8 +8,8 @@ in `State`, and a checkpoint holds all four.
 import contextlib
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
-from typing import NoReturn
 
 import numpy as np
 
@@ -71,19 +71,16 @@ class Loop:
         self.interrupt.saving = True
         mx.reset_peak_memory()  # what loading and the forecast took is no part of what is reported
         self._updates = self.feed.updates(self.state.batches)
-        with contextlib.suppress(InterruptedWork):
-            self._make_up()
-        while self.unfinished:
-            others = self._others_end()
-            try:
-                self._iterate()
-            except LostPeerError:
-                self._abandon()
-            except InterruptedWork:  # what is left unfinished is made up for when the run goes on
-                pass
-            if others or (self.interrupt.ends and self.train_step.world.size == 1):
-                self._end()
-                return self.state
+        with self._saved_if_one_is_lost():
+            with contextlib.suppress(InterruptedWork):
+                self._make_up()
+            while self.unfinished:
+                others = self._others_end()
+                with contextlib.suppress(InterruptedWork):  # what is left unfinished is made up for by a resume
+                    self._iterate()
+                if others or (self.interrupt.ends and self.train_step.world.size == 1):
+                    self._end()
+                    return self.state
         if self.interrupt.raised is not None:
             raise self.interrupt.raised
         self._tell_untouched()
@@ -128,18 +125,20 @@ class Loop:
         world, mine = self.train_step.world, self.interrupt
         if world.size == 1:
             return False
-        try:
-            ends, stopped = world.sum(mx.array([mine.ends, mine.stopped], mx.int32)).tolist()
-        except LostPeerError:
-            self.save()
-            self._abandon()
+        ends, stopped = world.sum(mx.array([mine.ends, mine.stopped], mx.int32)).tolist()
         mine.stopped = stopped > 0 and not mine.requested
         return ends > 0
 
-    def _abandon(self) -> NoReturn:
-        raise TrainingError(
-            f"Another process of this run was lost after iteration {self.state.iteration}.", self.folder.how_to_resume()
-        )
+    @contextlib.contextmanager
+    def _saved_if_one_is_lost(self) -> Iterator[None]:
+        """Where another process is lost, the last whole step is saved, which needs no other. Raises TrainingError."""
+        try:
+            yield
+        except LostPeerError:
+            if self._unsaved and self.folder.writes:
+                self.save()
+            lost = f"Another process of this run was lost after iteration {self.state.iteration}."
+            raise TrainingError(lost, self.folder.how_to_resume()) from None
 
     def _iterate(self) -> None:
         start = time.perf_counter()
@@ -170,12 +169,8 @@ class Loop:
     def _step(self, draw: Draw) -> None:
         state = self.state
         rate = learning_rate(self.config, state.iteration + 1)
-        try:
-            with self.train_step.world.own_random_numbers():
-                taken, draw = self._taken(draw, rate)
-        except LostPeerError:  # nothing has changed yet, and saving needs no other process
-            self.save()
-            self._abandon()
+        with self.train_step.world.own_random_numbers():
+            taken, draw = self._taken(draw, rate)
         norms = {"loss": taken.loss, "gradient": taken.gradient_norm, "adapter": taken.weight_norm}
         self._require_finite(norms, draw.batches)
         state.iteration += 1

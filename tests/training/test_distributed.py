@@ -1,5 +1,6 @@
 """Two processes under `mlx.launch` (ring, CPU) train as one does; a lost one leaves a whole checkpoint."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -8,16 +9,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.training_tools import own_port, write_data, write_preferences
+from helpers.training_tools import outcome, own_port, write_data, write_preferences
 
 from mlx_adapters import LoraConfig, TrainConfig, train
 from mlx_adapters.config.mapping import to_mapping
 from mlx_adapters.data.batches import epoch_batches
 from mlx_adapters.data.tokenizing import Row
-from mlx_adapters.optimization.distributed import World
+from mlx_adapters.errors import TrainingError
+from mlx_adapters.optimization.distributed import LostPeerError, World
 from mlx_adapters.optimization.feed import make_feed
+from mlx_adapters.optimization.step import TrainStep
+from mlx_adapters.sources.registry import adapter_folder
 from mlx_adapters.storage import files, tensor_files
 from mlx_adapters.training import state as states
+from mlx_adapters.training.folder import RunFolder, place_of
 
 TESTS = Path(__file__).parents[1]
 LORA = LoraConfig(rank=4, scale=2.0, target_modules=("q_proj", "v_proj"))
@@ -133,3 +138,37 @@ def test_each_row_goes_to_one_process():
         named = [where for share in shares if share.trained_tokens for where in share.where]
         assert sorted(named) == sorted(rows[i].where for i in indexes)
         assert sum(s.trained_tokens for s in shares) == sum(rows[i].trained_tokens for i in indexes)
+
+
+@pytest.mark.parametrize("at", [0, 2])
+def test_one_that_is_lost_while_the_run_validates_costs_no_step(at, tiny_model, tmp_path, monkeypatch):
+    """Before the first step, or after one that nothing has saved yet; a resume ends as a whole run."""
+    data, training = write_data(tmp_path / "data", rows=6), TrainConfig(iterations=4, batch_size=2, eval_every=2)
+    evaluate, done = TrainStep.evaluate, iter(range(0, 100, 2))
+
+    def lost(step, *args):
+        if next(done) == at:
+            raise LostPeerError("gone")
+        return evaluate(step, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(TrainingError, match=f"lost after iteration {at}") as caught:
+        patch.setattr(TrainStep, "evaluate", lost)
+        train(tiny_model(), data, name="lost", lora=LORA, training=training)
+    assert caught.value.hint == ("Go on with: mlx-adapters train --resume lost" if at else "Nothing was saved yet.")
+    if not at:
+        assert not adapter_folder("lost").exists()
+        return
+    train(name="lost", resume=True)
+    train(tiny_model(), data, name="whole", lora=LORA, training=training)
+    a, b = (outcome(adapter_folder(name)) for name in ("lost", "whole"))
+    assert a["adapters.safetensors"] == b["adapters.safetensors"]
+    assert (
+        files.read_json(adapter_folder("lost") / "adapter_metadata.json")["validation_losses"]
+        == (files.read_json(adapter_folder("whole") / "adapter_metadata.json")["validation_losses"])
+    )
+
+
+def test_a_process_that_writes_nothing_promises_no_checkpoint(tmp_path):
+    with contextlib.ExitStack() as held:
+        folder = RunFolder(*place_of(str(tmp_path / "x")), {}, held, writes=False)
+        assert folder.how_to_resume().startswith("If the first process has saved it, go on with:")
