@@ -67,9 +67,13 @@ def lock(name: str, wait: bool = True, busy: str | None = None, of_all_homes: bo
     """
     folder = Path(tempfile.gettempdir(), f"mlx_adapters-locks-{os.getuid()}") if of_all_homes else home() / "locks"
     path = folder / f"{name.casefold()}.lock"
-    with storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
+    try:
+        with storage_errors(path):
+            folder.mkdir(parents=True, exist_ok=True)
+            path.touch()
+    except (FileNotFoundError, FileExistsError, NotADirectoryError) as error:  # below a file, or where none can be made
+        hint = "is HOME right? --home (or MLX_ADAPTERS_HOME) names another place."
+        raise StorageError(f"There can be no folder '{folder}': {str(error.strerror).lower()}.", hint) from error
     with lock_file(path, wait=wait, busy=busy):
         before = _held_names()
         held_here.names = before | {name.casefold()}

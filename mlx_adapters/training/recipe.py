@@ -200,7 +200,9 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any], free: Sequence[str] 
     """What differs between two recipes and matters, in words; the settings `free` do not."""
     changed = []
     if old["base"]["fingerprint"] != new["base"]["fingerprint"]:
-        changed.append(f"the base model ({old['base']['name']} -> {new['base']['name']}, or its weights)")
+        before, after = old["base"]["name"], new["base"]["name"]
+        another = f"the base model ({before} -> {after})"
+        changed.append(another if before != after else f"the weights of the base model '{after}'")
     if "base_config" in old and old["base_config"] != new["base_config"]:  # a run of an older version has none
         changed.append("the base model's config.json")
     changed += _changed_text(old.get("text"), new.get("text"))

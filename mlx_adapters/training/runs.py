@@ -249,15 +249,16 @@ def _resume(
 
     state = states.state_from(world.share(look))
     state.require_unfinished(request.training, settings_in(old)[1], reference)
-    if jump := rate_jump(settings_in(old)[1], request.training, state.iteration):
-        request.on_event(Note(jump, "warning"))
     if old["world_size"] != world.size:
         before, now = count(old["world_size"], "process"), count(world.size, "process")
         text = f"The run goes on with {now} instead of {before}: on the same batches, summed in another order."
         request.on_event(Note(text))
     mine = checkpoints[0] if checkpoints else Checkpoint(state, {}, {})
     checkpoint = Checkpoint(state, world.share_arrays(mine.weights), world.share_arrays(mine.optimizer))
-    return _prepare(request, folder, checkpoint)
+    loop = _prepare(request, folder, checkpoint)
+    if jump := rate_jump(settings_in(old)[1], request.training, state.iteration):  # and the rate itself is no other
+        request.on_event(Note(jump, "warning"))
+    return loop
 
 
 def _run(loop: Loop) -> TrainRun:

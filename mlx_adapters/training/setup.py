@@ -121,9 +121,12 @@ def require_loadable(module: nn.Module, config: AdapterConfig) -> None:
     if bad:
         quantization = quantization_of(layers[bad[0]])
         bits = f" in {quantization.bits} bits" if quantization else ""
+        refused, names = ({split(key)[1] for key in keys} for keys in (bad, config.keys))
+        hint = "train LoRA" + (", take the unquantized base" if quantization else "")
+        hint += f", or --target-modules {','.join(sorted(names - refused))}" if names - refused else ""
         raise ConfigError(
             f"mlx-lm could not load a DoRA adapter on '{bad[0]}'{bits} ({count(len(bad), 'layer')} of this kind).",
-            "train LoRA, leave them out of --target-modules, or take the unquantized base.",
+            f"{hint}.",
         )
 
 

@@ -351,6 +351,16 @@ def test_without_locks_the_work_goes_on_and_it_is_said_once(tmp_path, monkeypatc
         pass
 
 
+@pytest.mark.parametrize("below", ["file/home", "gone"])
+def test_a_home_that_cannot_be_is_told_with_another_way(below, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("no folder")
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere" / "at all")
+    monkeypatch.setenv("MLX_ADAPTERS_HOME", str(tmp_path / below))
+    with pytest.raises(StorageError, match="There can be no folder") as caught, locks.lock("x"):
+        pass
+    assert "MLX_ADAPTERS_HOME" in caught.value.hint
+
+
 def test_a_locks_name_knows_no_case(home):
     """On many disks two spellings are one file, for which a process would wait that holds it."""
     for name in ("one-SQL", "One-sql"):

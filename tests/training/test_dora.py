@@ -43,6 +43,17 @@ def test_what_is_trained_loads_in_mlx_lm_or_is_refused(on, kind, tiny_model, tmp
     assert np.allclose(expected, np.array(ours.module(IDS)), atol=2e-3)
 
 
+def test_experts_are_named_with_the_targets_that_are_left(tiny_model, tmp_path):
+    base, data = tiny_model("qwen3_moe"), write_data(tmp_path / "data", rows=6, valid=0)
+    with pytest.raises(ConfigError, match="switch_mlp") as caught:
+        train(base, data, name="run", lora=LoraConfig(rank=4, type="dora"), training=TRAINING)
+    left = "gate,k_proj,o_proj,q_proj,v_proj"
+    assert caught.value.hint == f"train LoRA, or --target-modules {left}."  # it is unquantized already
+    train(
+        base, data, name="run", lora=LoraConfig(rank=4, type="dora", target_modules=left.split(",")), training=TRAINING
+    )
+
+
 def test_rows_of_zeros_are_refused_under_dora(tmp_path):
     """Padding rows of an embedding, and layers that a maker cut: DoRA divides by the row's norm."""
     from helpers import tiny_models

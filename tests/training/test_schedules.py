@@ -5,7 +5,7 @@ from helpers.training_tools import outcome, write_data
 
 from mlx_adapters import ConfigError, LoraConfig, TrainConfig, plan_training, train
 from mlx_adapters.config.training import passes, settled
-from mlx_adapters.errors import TrainingError
+from mlx_adapters.errors import IncompatibleError, TrainingError
 from mlx_adapters.events import Note
 from mlx_adapters.optimization.optimizers import learning_rate
 from mlx_adapters.sources.registry import adapter_folder
@@ -60,6 +60,11 @@ def test_a_longer_resume_says_that_its_rate_jumps_unless_the_schedule_keeps_its_
     assert parts == whole
     begin("flat")
     assert resumed("flat", iterations=8) == []
+    said: list[str] = []
+    with pytest.raises(IncompatibleError, match=r"learning_rate \(0.01 -> 0.02\)"):  # and nothing of a schedule
+        other = TrainConfig(**SHORT | {"iterations": 12, "learning_rate": 0.02})
+        train(name="flat", resume=True, training=other, on_event=lambda event: said.append(str(event)))
+    assert not any("jumps" in text for text in said)
 
 
 @pytest.mark.parametrize(
