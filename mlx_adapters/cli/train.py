@@ -129,7 +129,8 @@ def train_command(
     if as_json:
         _output.emit_json(run)
         return
-    loss = f", validation loss {_output.number(run.best_validation_loss, 4)}" if run.best_validation_loss else ""
+    best = run.best_validation_loss
+    loss = "" if best is None else f", validation loss {_output.number(best, 4)}"
     took, where = _output.duration(run.duration_seconds), _output.place(run.folder)
     _output.say(f"{run.best}{loss}; trained {took}, kept in {where}")
     mine, full = _output.word(run.reference), read_config(run.folder)["fine_tune_type"] == FULL

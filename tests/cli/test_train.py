@@ -17,6 +17,7 @@ from mlx_adapters.cli import cli
 from mlx_adapters.config.mapping import to_mapping
 from mlx_adapters.config.training import DPO, KTO, ORPO, SimPO
 from mlx_adapters.errors import AdapterError, ConfigError, StorageError
+from mlx_adapters.optimization.step import TrainStep
 from mlx_adapters.sources.registry import adapter_folder
 from mlx_adapters.storage import files
 
@@ -52,6 +53,13 @@ def test_train_then_resume_with_more_iterations(run, tmp_path, monkeypatch):
     )  # of 10: 3 to warm up, 3 timed
     finished = run("--resume", "run", new=False)
     assert isinstance(finished.exception, AdapterError) and "has finished" in finished.exception.message
+
+
+def test_a_validation_loss_of_nothing_is_one(run, monkeypatch):
+    """As of answers that are all told apart, with the loss `hinge`."""
+    monkeypatch.setattr(TrainStep, "evaluate", lambda *_: (0.0, {}))
+    result = run("--name", "perfect", "--iterations", "2", "--eval-every", "1")
+    assert "perfect@1, validation loss 0;" in result.output
 
 
 def test_a_run_is_named_by_a_template(run):
