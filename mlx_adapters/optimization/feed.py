@@ -156,12 +156,10 @@ def make_feed(rows: Sequence[Row], config: TrainConfig, *, gpu: bool, world: Wor
     return Feed(rows, bins, config, 32 if gpu else 1, gpu, world or World(), aside)
 
 
-def largest_draw(
-    rows: Sequence[Row], config: TrainConfig, gpu: bool, most: int | None = None, world: World | None = None
-) -> Draw:
-    """The update of the longest rows; the first of several processes has the longest of all."""
-    feed = replace(make_feed(rows, config, gpu=gpu, world=world), most=most)
-    return feed.draw([np.argsort(feed.lengths)[: -config.batch_size - 1 : -1]] * config.grad_accumulation)
+def largest_draw(rows: Sequence[Row], config: TrainConfig, gpu: bool, most: int | None = None) -> Draw:
+    """The update of the longest rows."""
+    feed = replace(make_feed(rows, config, gpu=gpu), most=most)
+    return feed.draw([np.argsort(feed.lengths)[-config.batch_size :]] * config.grad_accumulation)
 
 
 def mismatched(rows: Sequence[Row], max_seq_length: int) -> list[Row]:

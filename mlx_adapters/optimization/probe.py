@@ -18,7 +18,7 @@ from mlx_adapters.models.base import Base
 from mlx_adapters.models.dense import compute_dtype, is_quantized, weight_shape
 from mlx_adapters.models.layers import add_adapter_layers, expected_shapes, named_layers
 from mlx_adapters.models.loading import lay_experts_out, load_module, set_precision
-from mlx_adapters.models.metadata import AdapterConfig
+from mlx_adapters.models.metadata import FULL, AdapterConfig
 from mlx_adapters.models.quantized_check import miscomputed, replace_miscomputed
 from mlx_adapters.optimization import log_probabilities
 from mlx_adapters.optimization.feed import Draw
@@ -181,9 +181,10 @@ def first_block(adapter: AdapterConfig, blocks: int) -> int:
     return 0 if before else min((i for i in indexes if i is not None), default=blocks)
 
 
-def weight_bytes(module: nn.Module, dtype: str, trained: Sequence[str] = ()) -> int:
+def weight_bytes(module: nn.Module, dtype: str, adapter: AdapterConfig | None = None) -> int:
     """Bytes of the frozen weights once they are loaded for training in `dtype`: of all modules but those whose own
-    weights are trained."""
+    weights the `adapter` trains."""
+    trained = adapter.keys if adapter is not None and adapter.type == FULL else ()
     item = {"auto": None if on_gpu() else 4, "float32": 4, "bfloat16": 2, "float16": 2}[dtype]
     if on_gpu():
         set_precision(module, dtype)  # lazily

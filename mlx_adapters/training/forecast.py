@@ -28,7 +28,6 @@ from mlx_adapters.models.base import Base, BaseLike
 from mlx_adapters.models.dense import weight_shape
 from mlx_adapters.models.layers import named_layers
 from mlx_adapters.models.loading import load_module, load_tokenizer_of
-from mlx_adapters.models.metadata import FULL
 from mlx_adapters.optimization.distributed import World
 from mlx_adapters.optimization.feed import bins_of, largest_draw, make_feed
 from mlx_adapters.optimization.log_probabilities import logits_bytes
@@ -170,31 +169,23 @@ def estimate_rows(
 
 
 def settle_memory(
-    base: Base,
-    rows: Sequence[Row],
-    lora: LoraConfig,
-    training: TrainConfig,
-    told: bool,
-    on_event: OnEvent,
-    world: World = setup.ALONE,
+    base: Base, rows: Sequence[Row], lora: LoraConfig, training: TrainConfig, told: bool, on_event: OnEvent
 ) -> MemoryPlan:
-    """The cheapest way that fits, by the forecast; what it costs is said, and all of the forecast if `told`. Of several
-    processes each has its share of a batch.
+    """The cheapest way that fits, by the forecast; what it costs is said, and all of the forecast if `told`.
 
     On a CPU nothing is measured for a run that an eighth of the memory will do in any case, unless it is to be told.
     """
-    if not (told or on_gpu()) and _needs_little(base, rows, training, world):
+    if not (told or on_gpu()) and _needs_little(base, rows, training):
         return MemoryPlan(_asked(training)[0])
-    for rung, memory, parts, _ in _ladder(base, rows, lora, training, world):  # noqa: B007
+    for rung, memory, parts, _ in _ladder(base, rows, lora, training):  # noqa: B007
         if rung.fits:
             break
     chosen = rung.again != _asked(training)[0] or memory.positions is not None
-    so = "so that it fits" if rung.fits else "the least there is"
-    why = f": {rung}, {so}" + (f" ({rung.cost})" if rung.cost else "") if chosen else ""
+    why = ("so that it fits" if rung.fits else "the least there is") + (f" ({rung.cost})" if rung.cost else "")
     if chosen or told:
-        on_event(Note(f"{_predicted(parts, training, told)}{why}."))
+        on_event(Note(f"{_predicted(parts, training, told)}{f': {rung}, {why}' if chosen else ''}."))
     if not rung.fits:
-        advice = "; ".join(_advice(base, rows, lora, training, memory, _usable(training), world))
+        advice = "; ".join(_advice(base, rows, lora, training, memory, _usable(training)))
         on_event(Note(f"This will hardly fit. What would help: {advice}.", "warning"))
     return _near(memory, parts, training)
 
@@ -220,17 +211,18 @@ def memory_of_run(
     on_event: OnEvent,
 ) -> MemoryPlan:
     """How a run keeps to the memory there is: as its `recipe` says, if it goes on and is asked for the same, since the
-    order of sums depends on it; else what `settle_memory` chooses, on rank 0 for all."""
+    order of sums depends on it; else what `settle_memory` chooses, on rank 0 for all: each has its share of a batch."""
+    training = replace(training, batch_size=-(-training.batch_size // world.size))
     if "memory" in recipe:
         before = settings_in(recipe)[1]
         if (before.memory, before.memory_limit) == (training.memory, training.memory_limit):
             memory = from_mapping(MemoryPlan, recipe["memory"], "the run's recipe")
             if not (told or on_gpu()):
                 return memory
-            parts = Parts(**world.share(lambda: asdict(forecast(base, rows, lora, training, memory, world)[0])))
+            parts = Parts(**world.share(lambda: asdict(forecast(base, rows, lora, training, memory)[0])))
             on_event(Note(f"{_predicted(parts, training, told)}."))
             return _near(memory, parts, training)
-    return MemoryPlan(**world.share(lambda: asdict(settle_memory(base, rows, lora, training, told, on_event, world))))
+    return MemoryPlan(**world.share(lambda: asdict(settle_memory(base, rows, lora, training, told, on_event))))
 
 
 def _asked(training: TrainConfig) -> tuple[Again, ...]:
@@ -246,29 +238,29 @@ def _usable(training: TrainConfig) -> int:
 
 
 def _ladder(
-    base: Base, rows: Sequence[Row], lora: LoraConfig, training: TrainConfig, world: World = setup.ALONE
+    base: Base, rows: Sequence[Row], lora: LoraConfig, training: TrainConfig
 ) -> Iterator[tuple[Rung, MemoryPlan, Parts, Batch]]:
     """The ways that are left open, and then the last of them with fewer and fewer rows at a time; each is measured as
     it is asked for. One that takes more than one before it is passed over."""
     plans = [(MemoryPlan(again), 0) for again in _asked(training)]
-    few = -(-training.batch_size // world.size)
-    each = largest_draw(rows, training, on_gpu(), world=world).batches[0].tokens.size // few
+    each = largest_draw(rows, training, on_gpu()).batches[0].tokens.size // training.batch_size
+    few = training.batch_size
     while few > 1:
         few = -(-few // 2)
         plans.append((replace(plans[-1][0], positions=few * each), few))
     room, least = ROOM * _usable(training), float("inf")
     for memory, few in plans:
-        parts, largest = forecast(base, rows, lora, training, memory, world)
+        parts, largest = forecast(base, rows, lora, training, memory)
         if parts.peak_bytes <= least:
             least = parts.peak_bytes
             rung = Rung(memory.again, few, least, SLOWER[memory.again], least <= room)
             yield rung, memory, parts, largest
 
 
-def _needs_little(base: Base, rows: Sequence[Row], training: TrainConfig, world: World) -> bool:
+def _needs_little(base: Base, rows: Sequence[Row], training: TrainConfig) -> bool:
     """Whether a bound that is never reached, from shapes alone, is an eighth of the memory there is."""
     module, config = load_module(base)
-    tokens, blocks = largest_draw(rows, training, on_gpu(), world=world).batches[0].tokens, len(module.layers)
+    tokens, blocks = largest_draw(rows, training, on_gpu()).batches[0].tokens, len(module.layers)
     shapes = [weight_shape(layer)[-2:] for _, layer in named_layers(module) if "weight" in layer]
     wide = sum(shape[-1] + 2 * shape[0] for shape in shapes if len(shape) > 1)
     scores = blocks * int(config.get("num_attention_heads", 128)) * tokens.shape[1]
@@ -277,29 +269,22 @@ def _needs_little(base: Base, rows: Sequence[Row], training: TrainConfig, world:
 
 
 def forecast(
-    base: Base,
-    rows: Sequence[Row],
-    lora: LoraConfig,
-    training: TrainConfig,
-    memory: MemoryPlan | None = None,
-    world: World = setup.ALONE,
+    base: Base, rows: Sequence[Row], lora: LoraConfig, training: TrainConfig, memory: MemoryPlan | None = None
 ) -> tuple[Parts, Batch]:
-    """Predict the peak of a process, part by part, and give its largest batch."""
+    """Predict the peak, part by part, and give the largest batch."""
     memory = memory or MemoryPlan(_asked(training)[0])
     prober = _prober(base, rows, lora, training, memory)
-    draw = largest_draw(rows, training, on_gpu(), memory.positions, world)
+    draw = largest_draw(rows, training, on_gpu(), memory.positions)
     largest = max(draw.batches, key=lambda batch: batch.tokens.size)
     module, _ = load_module(base)
     reached = len(module.layers) - first_block(prober.adapter, len(module.layers))
     adapter, optimizer = adapter_bytes(module, prober.adapter, training)
-    own = prober.adapter.keys if prober.adapter.type == FULL else ()
-    weights = weight_bytes(module, training.dtype, own)
+    weights = weight_bytes(module, training.dtype, prober.adapter)
     del module  # its files are closed before the prober opens them
     with refusals(setup.cannot_train):
         step, over = map(int, prober.step_bytes(draw, max(reached, 1)))
     logits = min(logits_bytes(largest, prober.vocabulary, training), max(step - adapter, 0))
-    activations = max(step - adapter - logits, 0)
-    needed = Parts(weights, adapter, optimizer, adapter, activations, logits)
+    needed = Parts(weights, adapter, optimizer, adapter, max(step - adapter - logits, 0), logits)
     room = int(ROOM * _usable(training)) - needed.peak_bytes
     ahead = max(over, min(int(AHEAD * needed.peak_bytes), room)) if on_gpu() else 0
     return replace(needed, ahead_bytes=ahead), largest
@@ -327,13 +312,7 @@ def _seconds(base: Base, rows: Sequence[Row], lora: LoraConfig, training: TrainC
 
 
 def _advice(
-    base: Base,
-    rows: Sequence[Row],
-    lora: LoraConfig,
-    training: TrainConfig,
-    memory: MemoryPlan,
-    usable: int,
-    world: World = setup.ALONE,
+    base: Base, rows: Sequence[Row], lora: LoraConfig, training: TrainConfig, memory: MemoryPlan, usable: int
 ) -> list[str]:
     longest = max(row.length for row in rows)
     blocks = len(load_module(base)[0].layers)
@@ -354,7 +333,7 @@ def _advice(
         if not left:
             continue
         way = memory if training_.memory == training.memory else replace(memory, again="blocks")
-        peak = forecast(base, left, lora_, training_, way, world)[0].peak_bytes
+        peak = forecast(base, left, lora_, training_, way)[0].peak_bytes
         if peak <= ROOM * usable:
             advice[option] = f"{text}: {peak / 1e9:.2f} GB"
     return list(advice.values()) or ["a base model of fewer parameters or bits"]
