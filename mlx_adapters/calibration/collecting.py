@@ -8,18 +8,19 @@ output. Then Σ |g|² x xᵀ, the Fisher-weighted H, says what an error in the l
 arXiv 2505.07004). Few tokens carry most of that weight, so it is noisy: of |g|² a power counts (`FISHER_POWER`), and
 `mix` blends it with the plain one.
 
-One forward pass puts the hidden state before each block on the disk; then blocks are visited from the last to
+One forward pass puts the state before each block on the disk; then blocks are visited from the last to
 the first, so that memory holds the weights and the activations of one block, however many there are.
 """
 
+import itertools
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from mlx_adapters.calibration.blockwise import BlockwiseModel
 from mlx_adapters.calibration.moments import ExpertMoments, Moments, Seen, add_calls, fits, moments_for
@@ -30,45 +31,47 @@ from mlx_adapters.models.layers import ADAPTABLE
 from mlx_adapters.storage import paths, tensor_files
 from mlx_adapters.surgery.blocks import Blocks, Call
 from mlx_adapters.surgery.taps import Tape, fisher_probe, tapped, tapped_vjp
-from mlx_adapters.system.door import mx, nn
+from mlx_adapters.system.door import mx
 
 FORWARD = "calibrate: forward"
 
 
-class HiddenStates:
-    """Lists of arrays on the disk, put in one after the other and taken out from the last to the first; the next one to
+class States:
+    """Lists of states on the disk, put in one after the other and taken out from the last to the first; the next one to
     be taken is read beside other work."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._files: list[Path] = []
-        self._reader, self._ahead = ThreadPoolExecutor(1), deque[Future[list[mx.array]]]()
+        self._reader, self._ahead = ThreadPoolExecutor(1), deque[Future[list[list[mx.array]]]]()
 
-    def put(self, arrays: list[mx.array]) -> None:
+    def put(self, states: list[list[mx.array]]) -> None:
         """Write one list. Raises StorageError when the disk refuses."""
         self._files.append(self.folder / f"hidden-{len(self._files):04d}.safetensors")
-        tensor_files.write_safetensors(self._files[-1], {f"{i:06d}": array for i, array in enumerate(arrays)})
+        arrays = {f"{i:06d}.{n:03d}": array for i, state in enumerate(states) for n, array in enumerate(state)}
+        tensor_files.write_safetensors(self._files[-1], arrays)
 
-    def take(self) -> list[mx.array]:
+    def take(self) -> list[list[mx.array]]:
         """The list put in last, read into memory; its file is deleted."""
         while self._files and len(self._ahead) < 2:
             self._ahead.append(self._reader.submit(self._read, self._files.pop()))
         return self._ahead.popleft().result()
 
     @staticmethod
-    def _read(path: Path) -> list[mx.array]:
-        states = tensor_files.read_safetensors(path)
-        arrays = [states[name] for name in sorted(states)]
-        mx.eval(arrays)
+    def _read(path: Path) -> list[list[mx.array]]:
+        arrays = tensor_files.read_safetensors(path)
+        batches = itertools.groupby(sorted(arrays), key=lambda name: name.split(".")[0])
+        states = [[arrays[name] for name in names] for _, names in batches]
+        mx.eval(states)
         path.unlink()
-        return arrays
+        return states
 
 
 class Collector:
     """Collects the moments of the layers at `paths`, block by block from the last to the first.
 
     `forward` and `backward` are the same model twice (each goes through its blocks once). `folder` holds
-    the hidden states before every block meanwhile: 4 bytes x tokens x width for each.
+    the states before every block meanwhile: 4 bytes x tokens x width for each, where blocks share nothing else.
     """
 
     def __init__(
@@ -87,41 +90,45 @@ class Collector:
         outside = paths & set(forward.layer_paths(blocks))
         self.first = 0 if outside else min(wanted, default=blocks)
         self.unknown: set[str] = set()
-        self._entries = HiddenStates(folder)
-        self._calls: list[list[Call]] = []
+        self._entries = States(folder)
+        self._calls: list[list[Call]] = []  # of each batch
+        self._sent: list[dict[int, list[mx.array]]] = []  # gradients at what each block was given beside the state
 
     def run(self, on_event: OnEvent = log_warnings, seed: int = 0) -> "Stages":
         """Yield (paths, moments) of the head, then of each block from the last to the first."""
         return Stages(self, on_event, seed)
 
-    def run_forward(self, on_event: OnEvent) -> list[mx.array]:
-        """Put the hidden state before every wanted block on the disk; return those after the last one."""
+    def run_forward(self, on_event: OnEvent) -> list[list[mx.array]]:
+        """Put the states before every wanted block on the disk; return those after the last one."""
         count, model = len(self.forward.blocks), self.forward
         model.prepare(count)
         entered = [model.blocks.enter(batch.tokens) for batch in self.batches]
-        hidden, self._calls = [h for h, _ in entered], [c for _, c in entered]
-        paths.require_free_space(self._entries.folder, (count - self.first) * sum(h.nbytes for h in hidden))
+        states, self._calls = [state for state, _ in entered], [calls for _, calls in entered]
+        self._sent = [{} for _ in entered]
+        mx.eval([call.given for calls in self._calls for call in calls])
+        size = sum(array.nbytes for state in states for array in state)
+        paths.require_free_space(self._entries.folder, (count - self.first) * size)
         with ThreadPoolExecutor(1) as writer:  # the disk works beside the device
             written: Future[None] | None = None
             for index in range(count):
                 if index >= self.first:
-                    mx.eval(hidden)  # (the other thread cannot)
+                    mx.eval(states)  # (the other thread cannot)
                     if written is not None:
                         written.result()
-                    written = writer.submit(self._entries.put, hidden)
+                    written = writer.submit(self._entries.put, states)
                 model.prepare(index)
                 after = []
-                for h, calls in zip(hidden, self._calls, strict=True):
-                    out = model.blocks.step(index, h, calls[index])
+                for state, calls in zip(states, self._calls, strict=True):
+                    out = model.blocks.step(index, state, calls[index])
                     mx.eval(out)
                     after.append(out)
-                hidden = after
+                states = after
                 model.release(index)
                 on_event(Progress(FORWARD, index + 1, count, "block"))
             if written is not None:
                 written.result()
         model.release(count)
-        return hidden
+        return states
 
     def tapped(self, index: int, tape: Tape) -> AbstractContextManager[None]:
         """Within the block, `tape` notes the calls of the wanted layers of block `index`."""
@@ -154,11 +161,11 @@ class Stages:
 
     def __iter__(self) -> Any:
         c = self.collector
-        hidden = c.run_forward(self.on_event)
+        states = c.run_forward(self.on_event)
         count = len(c.backward.blocks)
         c.backward.prepare(count)
-        moments, cotangents = self._head(c.backward.blocks, hidden)
-        del hidden
+        moments, cotangents = self._head(c.backward.blocks, states)
+        del states
         c.backward.prepare(count)  # (embedding and head are large, and done)
         held_back = moments  # a tied embedding also gets what reaches it from below
         for index in range(count - 1, c.first - 1, -1):
@@ -168,79 +175,87 @@ class Stages:
             yield index, moments
             c.backward.release(index)
         if c.paths & set(c.backward.layer_paths(count)):
-            self._lookups(held_back, cotangents)
-            yield count, self._known(held_back)
+            self._entrance(held_back, cotangents)
+            yield count, self._known(_felt(held_back))
 
     def _known(self, moments: dict[str, Moments | ExpertMoments]) -> dict[str, Moments | ExpertMoments]:
-        """Those of layers whose calls tell something, and which anything depends on."""
-        felt = {path for path, layer_moments in moments.items() if np.any(layer_moments.tokens)}
-        return {path: layer_moments for path, layer_moments in moments.items() if path in felt - self.collector.unknown}
+        return {path: layer_moments for path, layer_moments in moments.items() if path not in self.collector.unknown}
 
     def _head(
-        self, blocks: Blocks, hidden: list[mx.array]
-    ) -> tuple[dict[str, Moments | ExpertMoments], list[mx.array]]:
-        c, cotangents = self.collector, []
+        self, blocks: Blocks, states: list[list[mx.array]]
+    ) -> tuple[dict[str, Moments | ExpertMoments], list[list[mx.array]]]:
+        c, cotangents = self.collector, list[list[mx.array]]()
         moments: dict[str, Moments | ExpertMoments] = {}
         tape = Tape()
-        keys = mx.random.split(mx.random.key(self.seed), max(len(hidden), 2))
-        cut = [blocks.pieces(h, batch.judged) for batch, h in zip(c.batches, hidden, strict=True)]  # (untapped)
+        keys = mx.random.split(mx.random.key(self.seed), max(len(states), 2))
+        cut = [blocks.pieces(state, batch.judged) for batch, state in zip(c.batches, states, strict=True)]  # (untapped)
         with c.tapped(len(blocks), tape):
-            for batch, h, key, pieces in zip(c.batches, hidden, keys, cut, strict=False):
-                gradients = mx.zeros(1)
+            for batch, state, key, pieces in zip(c.batches, states, keys, cut, strict=False):
+                gradients = list[mx.array]()
                 for number, positions in enumerate(pieces):
                     own = key if len(pieces) == 1 else mx.random.split(key, len(pieces))[number]
 
-                    def run(h: mx.array, positions: mx.array = positions) -> mx.array:
-                        return blocks.finish(h, positions)
+                    def run(*state: mx.array, positions: mx.array = positions) -> list[mx.array]:
+                        return [blocks.finish(state, positions)]
 
-                    def probe(out: mx.array, key: mx.array = own) -> mx.array:
-                        return fisher_probe(out, key)
+                    def probe(out: Sequence[mx.array], key: mx.array = own) -> list[mx.array]:
+                        return [fisher_probe(out[0], key)]
 
-                    gradient, noted = tapped_vjp(run, tape, h, probe)
+                    found, noted = tapped_vjp(run, tape, state, probe)
                     c.add(moments, noted, batch, None if len(blocks) else batch.real)
-                    gradients = gradient if number == 0 else gradients + gradient
+                    gradients = [a + b for a, b in zip(gradients, found, strict=True)] if gradients else found
                     mx.eval(gradients)
                 cotangents.append(gradients)
-        return moments, cotangents
+        return _felt(moments), cotangents
 
     def _block(
-        self, index: int, cotangents: list[mx.array]
-    ) -> tuple[dict[str, Moments | ExpertMoments], list[mx.array]]:
-        c, below = self.collector, []
+        self, index: int, cotangents: list[list[mx.array]]
+    ) -> tuple[dict[str, Moments | ExpertMoments], list[list[mx.array]]]:
+        c, below = self.collector, list[list[mx.array]]()
         moments: dict[str, Moments | ExpertMoments] = {}
         tape = Tape()
         entries = c._entries.take()
         with c.tapped(index, tape):
-            for batch, h, calls, sent in zip(c.batches, entries, c._calls, cotangents, strict=True):
+            for number, (batch, state, sent) in enumerate(zip(c.batches, entries, cotangents, strict=True)):
+                call, size = c._calls[number][index], len(state)
 
-                def run(h: mx.array, call: Call = calls[index]) -> mx.array:
-                    return c.backward.blocks.step(index, h, call)
+                def run(*arrays: mx.array, call: Call = call, size: int = size) -> list[mx.array]:
+                    return c.backward.blocks.step(index, arrays[:size], replace(call, given=arrays[size:]))
 
-                def probe(_: mx.array, sent: mx.array = sent) -> mx.array:
-                    return sent
-
-                gradient, noted = tapped_vjp(run, tape, h, probe)
+                gradients, noted = tapped_vjp(run, tape, [*state, *call.given], partial(_sent, sent))
                 if index > c.first or c.first == 0:
-                    mx.eval(gradient)
+                    mx.eval(gradients)
                 c.add(moments, noted, batch, batch.real)
-                below.append(gradient)
+                below.append(gradients[:size])
+                c._sent[number][index] = gradients[size:]
         return moments, below
 
-    def _lookups(self, moments: dict[str, Moments | ExpertMoments], cotangents: list[mx.array]) -> None:
-        """Embeddings that are no output layer are judged by the gradients at the rows that they give."""
+    def _entrance(self, moments: dict[str, Moments | ExpertMoments], cotangents: list[list[mx.array]]) -> None:
+        """What lies before the blocks: embeddings that are no output layer, and what is made of them for each block."""
         c, tape = self.collector, Tape()
         blocks, outside = c.backward.blocks, c.paths & set(c.backward.layer_paths(len(c.backward.blocks)))
         layers = dict(c.backward.source.module.named_modules())
-        embeddings = {path: layers[path] for path in outside - set(moments) if isinstance(layers[path], nn.Embedding)}
-        if not blocks or not embeddings:
+        wanted = {path: layers[path] for path in outside - set(moments)}
+        if not blocks or not wanted:
             return
-        with tapped(embeddings, tape, lookups=True):
-            for batch, sent in zip(c.batches, cotangents, strict=True):
 
-                def run(tokens: mx.array) -> mx.array:
-                    return blocks.enter(tokens)[0]
+        def run(tokens: mx.array) -> list[mx.array]:
+            state, calls = blocks.enter(tokens)
+            return [*state, *(array + 0 for call in calls for array in call.given)]  # (no array twice: MLX would take
+            # one of its cotangents)
 
-                def probe(_: mx.array, sent: mx.array = sent) -> mx.array:
-                    return sent
+        with tapped(wanted, tape, lookups=True):
+            for batch, sent, given in zip(c.batches, cotangents, c._sent, strict=True):
+                sent = [*sent, *(array for _, arrays in sorted(given.items()) for array in arrays)]
+                c.add(moments, tapped_vjp(run, tape, [batch.tokens], partial(_sent, sent))[1], batch, batch.real)
 
-                c.add(moments, tapped_vjp(run, tape, batch.tokens, probe)[1], batch, batch.real)
+
+def _felt(moments: dict[str, Moments | ExpertMoments]) -> dict[str, Moments | ExpertMoments]:
+    """Those of layers that anything depends on: where the head is run by itself, what lies before the blocks is called
+    with a token that stands for none. (What is NaN stays, and is refused.)"""
+    felt = {p for p, m in moments.items() if isinstance(m, ExpertMoments) or m.fisher is None or m.fisher.any().item()}
+    return {path: layer_moments for path, layer_moments in moments.items() if path in felt}
+
+
+def _sent(sent: Sequence[mx.array], _: Sequence[mx.array]) -> Sequence[mx.array]:
+    return sent

@@ -106,38 +106,38 @@ class _Tally:
         return float(np.concatenate(getattr(self, name)).mean())
 
 
-def hidden_states(
+def last_states(
     models: Sequence[BlockwiseModel], batches: Sequence[TokenBatch], on_event: OnEvent = log_warnings
-) -> list[list[mx.array]]:
-    """hidden[v][b]: the state after the last block of model v on batch b.
+) -> list[list[list[mx.array]]]:
+    """states[v][b]: the state after the last block of model v on batch b.
 
     All models go through the blocks together; as long as one has the same weights as the base and the same
     input as the first model of that kind, it shares the result.
     """
     count = len(models[0].blocks)
-    hidden: list[list[mx.array]] = []
-    calls: list = []
+    states: list[list[list[mx.array]]] = []
+    calls: list[list[list[Call]]] = []
     for v, model in enumerate(models):
         model.prepare(count)
-        entered = [model.blocks.enter(batch.tokens) for batch in batches]
-        calls = calls or [call for _, call in entered]
         twin = _twin(models, v, count, range(v))
-        hidden.append([h for h, _ in entered] if twin is None else hidden[twin])
-        mx.eval(hidden[-1])
+        entered = [] if twin is not None else [model.blocks.enter(batch.tokens) for batch in batches]
+        states.append([state for state, _ in entered] if twin is None else states[twin])
+        calls.append([call for _, call in entered] if twin is None else calls[twin])
+        mx.eval(states[-1], [call.given for each in calls[-1] for call in each])
         model.prepare(count)  # (the embedding is large, and done)
     for index in range(count):
-        before = list(hidden)
+        before = list(states)
         for v, model in enumerate(models):
             twin = _twin(models, v, index, [u for u in range(v) if before[u] is before[v]])
             if twin is not None:
-                hidden[v] = hidden[twin]
+                states[v] = states[twin]
                 model.release(index)
                 continue
             model.prepare(index)
-            hidden[v] = [_step(model, index, h, c[index]) for h, c in zip(before[v], calls, strict=True)]
+            states[v] = [_step(model, index, s, c[index]) for s, c in zip(before[v], calls[v], strict=True)]
             model.release(index)
         on_event(Progress("check", index + 1, count, "block"))
-    return hidden
+    return states
 
 
 def _twin(models: Sequence[BlockwiseModel], v: int, index: int, others: Iterable[int]) -> int | None:
@@ -147,8 +147,8 @@ def _twin(models: Sequence[BlockwiseModel], v: int, index: int, others: Iterable
     return next((u for u in others if not models[u].differs(index)), None)
 
 
-def _step(model: BlockwiseModel, index: int, hidden: mx.array, call: Call) -> mx.array:
-    out = model.blocks.step(index, hidden, call)
+def _step(model: BlockwiseModel, index: int, state: list[mx.array], call: Call) -> list[mx.array]:
+    out = model.blocks.step(index, state, call)
     mx.eval(out)
     return out
 
@@ -162,15 +162,15 @@ def measure_fidelity(
 ) -> Fidelity:
     """Judge `fused` (and, for scale, `base`) by `adapter`. Raises FormatError for NaN or Inf logits."""
     models = [v for v in (base, adapter, fused) if v is not None]
-    hidden = hidden_states(models, batches, on_event)
+    states = last_states(models, batches, on_event)
     reference, outside = models.index(adapter), len(adapter.blocks)
     twins = [_twin(models, v, outside, range(v)) for v in range(len(models))]  # whose head is the same: it is large
     heads = [models[v if twin is None else twin] for v, twin in enumerate(twins)]
     tallies = [_Tally([], [], []) for _ in models]
     for b, batch in enumerate(batches):
         done = 0
-        for positions in adapter.blocks.pieces(hidden[reference][b], batch.judged):
-            logs = [_log_probabilities(head, h[b], positions) for head, h in zip(heads, hidden, strict=True)]
+        for positions in adapter.blocks.pieces(states[reference][b], batch.judged):
+            logs = [_log_probabilities(head, s[b], positions) for head, s in zip(heads, states, strict=True)]
             targets = batch.targets[done : done + positions.shape[0]]
             for tally, log in zip(tallies, logs, strict=True):
                 _judge(tally, logs[reference], log, targets)
@@ -181,8 +181,8 @@ def measure_fidelity(
     return _summary(tallies, models.index(fused), reference, base is not None, batches)
 
 
-def _log_probabilities(model: BlockwiseModel, hidden: mx.array, positions: mx.array) -> mx.array:
-    logits = model.blocks.finish(hidden, positions).astype(mx.float32)
+def _log_probabilities(model: BlockwiseModel, state: list[mx.array], positions: mx.array) -> mx.array:
+    logits = model.blocks.finish(state, positions).astype(mx.float32)
     result = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
     if not mx.isfinite(result).all().item():
         raise FormatError("The model computes NaN or Inf on the check's text.", "are its weights whole?")

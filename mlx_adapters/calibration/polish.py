@@ -20,7 +20,7 @@ from mlx import optimizers
 from mlx_adapters.assembly.spool import Spool
 from mlx_adapters.assembly.tensors import Assembly
 from mlx_adapters.calibration.blockwise import BlockwiseModel, with_rounded
-from mlx_adapters.calibration.fidelity import hidden_states
+from mlx_adapters.calibration.fidelity import last_states
 from mlx_adapters.calibration.texts import batches_of
 from mlx_adapters.config.quantization import Quantization
 from mlx_adapters.data.batches import TokenBatch, TokenRow
@@ -100,11 +100,11 @@ def on_grid(codes: mx.array, scales: mx.array, biases: mx.array) -> mx.array:
 
 @dataclass(frozen=True)
 class Lesson:
-    """A batch, the teacher's last hidden states on it, and what the student's first block with a grid to move gets."""
+    """A batch, the teacher's last state on it, and what the student's first block with a grid to move gets."""
 
     batch: TokenBatch
-    taught: mx.array
-    hidden: mx.array
+    taught: list[mx.array]
+    state: list[mx.array]
     calls: list[Call]
 
 
@@ -121,7 +121,7 @@ class Student:
         aside: Sequence[TokenBatch],
     ) -> None:
         self.teacher, self.model, self.grids = teacher, model, Grids(packed)
-        (hidden,) = hidden_states([teacher], [*batches, *aside], lambda _: None)
+        (states,) = last_states([teacher], [*batches, *aside], lambda _: None)
         for index in range(len(model.blocks) + 1):
             model.prepare(index)
         modules = dict(
@@ -131,15 +131,15 @@ class Student:
         moving = [any(path in packed for path in model.layer_paths(i)) for i in range(len(model.blocks) + 1)]
         self.enters_anew = moving[-1]  # the embedding is moved
         self.first = 0 if self.enters_anew else moving.index(True)
-        lessons = [self._lesson(*pair) for pair in zip([*batches, *aside], hidden, strict=True)]
+        lessons = [self._lesson(*pair) for pair in zip([*batches, *aside], states, strict=True)]
         self.lessons, self.aside = lessons[: len(batches)], lessons[len(batches) :]
 
-    def _lesson(self, batch: TokenBatch, taught: mx.array) -> Lesson:
-        hidden, calls = self.model.blocks.enter(batch.tokens)
+    def _lesson(self, batch: TokenBatch, taught: list[mx.array]) -> Lesson:
+        state, calls = self.model.blocks.enter(batch.tokens)
         for index in range(self.first):
-            hidden = self.model.blocks.step(index, hidden, calls[index])
-            mx.eval(hidden)
-        return Lesson(batch, taught, hidden, calls)
+            state = self.model.blocks.step(index, state, calls[index])
+            mx.eval(state)
+        return Lesson(batch, taught, state, calls)
 
     def kl(self, moves: mx.array, lesson: Lesson) -> mx.array:
         """KL(adapter ‖ rounded) summed over the judged tokens of a batch, in nats."""
@@ -147,10 +147,10 @@ class Student:
             layer, codes = self._layers[path]
             layer.weight = on_grid(codes, *grid)
         blocks, batch = self.model.blocks, lesson.batch
-        hidden = blocks.enter(batch.tokens)[0] if self.enters_anew else lesson.hidden
-        for index in range(self.first, len(lesson.calls)):
-            hidden = blocks.step(index, hidden, lesson.calls[index])
-        own = _log_probabilities(blocks.finish(hidden, batch.judged))  # (judged, vocabulary)
+        state, calls = blocks.enter(batch.tokens) if self.enters_anew else (lesson.state, lesson.calls)
+        for index in range(self.first, len(calls)):
+            state = blocks.step(index, state, calls[index])
+        own = _log_probabilities(blocks.finish(state, batch.judged))  # (judged, vocabulary)
         wanted = _log_probabilities(self.teacher.blocks.finish(lesson.taught, batch.judged))
         return (mx.exp(wanted) * (wanted - own)).sum()
 

@@ -1,14 +1,18 @@
 """A model as embedding, blocks and head, on any of mlx-lm's architectures.
 
 The model's own code computes embeddings, masks and head. To split it, its blocks note for one pass what they are
-called with and hand the hidden state on; each can then be called by itself with the same arguments.
+called with, and nothing of them is computed; each can then be called by itself with the same arguments.
 """
 
-from collections.abc import Callable, Iterator
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
+
+from mlx.utils import tree_map, tree_map_with_path
 
 from mlx_adapters.surgery.calls import call_as, intercept
 from mlx_adapters.system.door import mx, nn
@@ -132,82 +136,166 @@ def keep_blocks(module: nn.Module, first: int, count: int) -> None:
 
 @dataclass(frozen=True)
 class Call:
-    """What a block is called with beside the hidden state."""
+    """What a block is called with beside the state: what stays as it is (masks, positions), and `given`, the arrays
+    that hang on the tokens' embeddings."""
 
     arguments: tuple[Any, ...]
     keywords: dict[str, Any]
+    given: Sequence[mx.array]
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """Where an array lies in what a block gives: its number there."""
+
+    number: int
+
+
+Key = tuple[int, int]  # a block, and the number of an array that it gives; the hidden state has 0
+Arrays = list[tuple[str, mx.array]]  # with their paths
+Made = dict[int, tuple[Key, mx.array]]  # by `id`
 
 
 class Blocks:
     """A module as embedding, blocks and head. `paths[i]` is where block i lies; () if it cannot be split: a model
-    that does not pass one hidden state from block to block is run whole."""
+    whose blocks are not called in a row, each with the hidden state of the one before, is run whole.
+
+    From block to block goes a state: the hidden state (rows, length, dim), then what later blocks take of what earlier
+    ones gave (keys and values that layers share, say). What hangs on what, two passes of three tokens tell: in one all
+    embeddings give NaN, in the other all blocks do. Nothing but NaN and what is not computed flows there.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.paths: tuple[str, ...] = ()
         blocks = find_blocks(module)
         self._blocks: list[nn.Module] = list(blocks.owner[blocks.key]) if blocks is not None else []
-        if blocks is not None and self._splits():
+        self._gives: list[Any] = [Leaf(0) for _ in self._blocks]  # what each gives, with leaves for arrays
+        self._uses: list[dict[str, Key]] = []  # what each takes of what others gave, by path
+        self._given: list[list[str]] = []  # paths of what hangs on embeddings
+        self._keys: list[list[Key]] = []  # the state before each block, and after the last
+        if blocks is not None and (self._learn() or self._learn(ask=True)):
             path = f"{blocks.path}.{blocks.key}" if blocks.path else blocks.key
             self.paths = tuple(f"{path}.{i}" for i in range(len(self._blocks)))
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def _splits(self) -> bool:
-        """Whether each block is called once, in order, with the hidden state that the one before returned."""
+    def _learn(self, ask: bool = False) -> bool:
+        """Whether the model can be split, and how; `ask` its blocks what else they give (nothing is computed)."""
         try:
-            hidden, calls = self._trace(mx.zeros((1, 3), mx.int32))
-        except Exception:
-            return False  # the model expects more of a block than a hidden state
-        alike = all(isinstance(h, mx.array) and h.shape == hidden.shape for h, _ in calls)
-        return alike and len(calls) == len(self._blocks) and hidden.ndim == 3
+            calls, made, _ = self._probe(embedded=math.nan, gives=1.0, ask=ask)
+            self._given = [[p for p, a in call if id(a) not in made and _has_nan(a)] for call in calls]
+            calls, made, logits = self._probe(embedded=1.0, gives=math.nan)
+            self._uses = [{p: made[id(a)][0] for p, a in call if id(a) in made} for call in calls]
+            hidden = [{p for p, key in uses.items() if key == (i, 0)} for i, uses in enumerate(self._uses[1:])]
+            entrance = hidden[0] if hidden else {_first(dict(calls[0]))}
+            shapes = {a.shape for call in calls for path, a in call if path in entrance}
+            lost = any(id(a) not in made and _has_nan(a) for call in calls for _, a in call)
+            lost = lost or (ask and _has_nan(logits))
+            at_first = {id(a) for path, a in calls[0] if path in entrance}
+        except Exception:  # the model expects more of a block
+            return False
+        self._uses[0] = dict.fromkeys(sorted(entrance), (-1, 0))
+        self._given[0] = [path for path in self._given[0] if path not in entrance]
+        count = len(self._blocks)
+        later = [{key for uses in self._uses[i:] for key in uses.values() if key[0] < i} for i in range(count + 1)]
+        self._keys = [[(i - 1, 0), *sorted(keys - {(i - 1, 0)})] for i, keys in enumerate(later)]
+        in_row = len(calls) == count and all(paths == entrance for paths in hidden) and len(at_first) == 1
+        return in_row and not lost and [shape[-3:-1] for shape in shapes] == [(1, 3)]
 
-    def _trace(self, tokens: mx.array) -> tuple[mx.array, list[tuple[Any, Call]]]:
-        calls: list[tuple[Any, Call]] = []
+    def _probe(self, embedded: float, gives: float, ask: bool = False) -> tuple[list[Arrays], Made, mx.array]:
+        """What a pass of three tokens calls each block with, what stands for what they give by `id`, and the logits.
+        Embeddings give `embedded`, blocks `gives` (the last a hidden state of ones)."""
+        calls: list[Arrays] = []
+        made: Made = {}
 
-        def note(original: Callable[..., Any], hidden: Any, *arguments: Any, **keywords: Any) -> Any:
-            calls.append((hidden, Call(arguments, keywords)))
-            return hidden
+        def embed(original: Callable[..., mx.array], *arguments: Any) -> mx.array:
+            return _full(original(*arguments), embedded)
 
-        with _each_called_as(self._blocks, note):
-            self.module(tokens)
-        return calls[0][0], calls
+        def give(index: int, original: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+            calls.append(_arrays((arguments, keywords)))
+            first = dict(calls[-1])[_first(dict(calls[-1]))]
+            given = original(*arguments, **keywords) if ask else None
+            if ask:
+                self._gives[index] = _leaves(given)
+            like = [array for _, array in _arrays(given)]
 
-    def enter(self, tokens: mx.array) -> tuple[mx.array, list[Call]]:
-        """(hidden state before block 0 (rows, length, dim), what each block is called with)."""
+            def stand(number: int) -> mx.array:
+                is_read = index == len(self._blocks) - 1 and number == 0
+                array = _full(like[number] if ask else first, 1.0 if is_read else gives)
+                made[id(array)] = (index, number), array
+                return array
+
+            return _filled(self._gives[index], stand)
+
+        with ExitStack() as stack:
+            for _, layer in self.module.named_modules():
+                if isinstance(layer, nn.Embedding | nn.QuantizedEmbedding):
+                    stack.callback(intercept(layer, embed))
+            logits = self._traced(mx.zeros((1, 3), mx.int32), give)
+        return calls, made, logits
+
+    def _traced(self, tokens: mx.array, give: Callable[..., Any]) -> mx.array:
+        """The logits, where calling block i runs `give(i, original, hidden, …)`."""
+        with ExitStack() as stack:
+            for index, block in enumerate(self._blocks):
+                stack.callback(intercept(block, partial(give, index)))
+            return self.module(tokens)
+
+    def enter(self, tokens: mx.array) -> tuple[list[mx.array], list[Call]]:
+        """(state before block 0, what each block is called with). The tokens (rows, length) of a model run whole."""
         if not self.paths:
-            return tokens, []
-        hidden, calls = self._trace(tokens)
-        return hidden, [call for _, call in calls]
+            return [tokens], []
+        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
-    def step(self, index: int, hidden: mx.array, call: Call) -> mx.array:
-        """The hidden state after block `index`."""
-        return self._blocks[index](hidden, *call.arguments, **call.keywords)
+        def give(index: int, original: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+            calls.append((arguments, keywords))
+            arrays = dict(_arrays(calls[-1]))
+            return _filled(self._gives[index], lambda _: arrays[_first(arrays)])
 
-    def finish(self, hidden: mx.array, positions: mx.array) -> mx.array:
-        """Logits (n, vocabulary) at flattened `positions` (n,), from the hidden state after the last block."""
+        self._traced(tokens, give)
+        entered = dict(_arrays(calls[0]))[next(iter(self._uses[0]))]
+        return [entered], [self._call(i, call) for i, call in enumerate(calls)]
+
+    def _call(self, index: int, call: tuple[tuple[Any, ...], dict[str, Any]]) -> Call:
+        given, moving = self._given[index], {*self._uses[index], *self._given[index]}
+        arguments, keywords = tree_map_with_path(lambda path, leaf: None if path in moving else leaf, call)
+        arrays = dict(_arrays(call))
+        return Call(arguments, keywords, [arrays[path] for path in given])
+
+    def step(self, index: int, state: Sequence[mx.array], call: Call) -> list[mx.array]:
+        """The state after block `index`."""
+        held = dict(zip(self._keys[index], state, strict=True))
+        moving = {path: held[key] for path, key in self._uses[index].items()}
+        moving |= zip(self._given[index], call.given, strict=True)
+        whole = (call.arguments, call.keywords)
+        arguments, keywords = tree_map_with_path(lambda path, leaf: moving.get(path, leaf), whole)
+        given = _arrays(self._blocks[index](*arguments, **keywords))
+        held |= {(index, n): array for n, (_, array) in enumerate(given)}
+        return [held[key] for key in self._keys[index + 1]]
+
+    def finish(self, state: Sequence[mx.array], positions: mx.array) -> mx.array:
+        """Logits (n, vocabulary) at flattened `positions` (n,), from the state after the last block."""
+        hidden = state[0]
         if not self.paths:
             logits = self.module(hidden)
             return logits.reshape(-1, logits.shape[-1])[positions]
-        chosen = hidden.reshape(-1, hidden.shape[-1])[positions][None]
+        *streams, rows, length, width = hidden.shape  # (most models have one stream)
+        chosen = hidden.reshape(*streams, 1, rows * length, width)[..., positions, :]
 
-        def hand_on(original: Callable[..., Any], hidden: Any, *arguments: Any, **keywords: Any) -> Any:
-            return hidden
+        def give(index: int, original: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+            arrays = dict(_arrays((arguments, keywords)))
+            return _filled(self._gives[index], lambda _: chosen if index == len(self) - 1 else arrays[_first(arrays)])
 
-        def choose(original: Callable[..., Any], *arguments: Any, **keywords: Any) -> mx.array:
-            return chosen
+        return self._traced(mx.zeros((1, 1), mx.int32), give)[0]
 
-        with _each_called_as(self._blocks, hand_on), call_as(self._blocks[-1], choose):
-            return self.module(mx.zeros((1, 1), mx.int32))[0]
-
-    def pieces(self, hidden: mx.array, positions: mx.array) -> list[mx.array]:
+    def pieces(self, state: Sequence[mx.array], positions: mx.array) -> list[mx.array]:
         """`positions` cut up so that no part has more than MOST_LOGITS logits; a model run whole is run once."""
         if not self.paths:
             return [positions]
-        step = max(
-            1, MOST_LOGITS // self.finish(hidden, positions[:1]).shape[-1]
-        )  # (its shape alone; nothing is computed)
+        width = self.finish(state, positions[:1]).shape[-1]  # (its shape alone; nothing is computed)
+        step = max(1, MOST_LOGITS // width)
         return [positions[a : a + step] for a in range(0, positions.shape[0], step)]
 
     def block(self, index: int) -> nn.Module:
@@ -215,9 +303,40 @@ class Blocks:
         return self._blocks[index]
 
 
-@contextmanager
-def _each_called_as(blocks: list[nn.Module], function: Callable[..., Any]) -> Iterator[None]:
-    with ExitStack() as stack:
-        for block in blocks:
-            stack.callback(intercept(block, function))
-        yield
+def _arrays(tree: Any) -> Arrays:
+    """The arrays of a tree, each with its path. Raises TypeError for what blocks may keep things in (a cache)."""
+    found: Arrays = []
+
+    def visit(path: str, leaf: Any) -> None:
+        if isinstance(leaf, mx.array):
+            found.append((path, leaf))
+        elif not isinstance(leaf, bool | int | float | str | None):
+            raise TypeError(f"{path} is a {type(leaf).__name__}")
+
+    tree_map_with_path(visit, tree)
+    return found
+
+
+def _first(arrays: Mapping[str, mx.array]) -> str:
+    """The path of the first that may be a hidden state."""
+    return next(path for path, a in arrays.items() if a.ndim >= 3 and mx.issubdtype(a.dtype, mx.floating))
+
+
+def _leaves(tree: Any) -> Any:
+    """`tree` with a leaf for each array."""
+    numbers = itertools.count()
+    return tree_map(lambda each: Leaf(next(numbers)) if isinstance(each, mx.array) else each, tree)
+
+
+def _filled(tree: Any, array: Callable[[int], mx.array]) -> Any:
+    """`tree` with `array(number)` for each leaf."""
+    return tree_map(lambda each: array(each.number) if isinstance(each, Leaf) else each, tree)
+
+
+def _full(like: mx.array, value: float) -> mx.array:
+    """An array that is all `value`; of whole numbers, zeros."""
+    return mx.full(like.shape, value if mx.issubdtype(like.dtype, mx.floating) else 0, like.dtype)
+
+
+def _has_nan(array: mx.array) -> bool:
+    return mx.issubdtype(array.dtype, mx.floating) and mx.isnan(array).any().item()

@@ -1,9 +1,8 @@
 """Taps in a model: what each layer is given, and the gradient at what it gives."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 from mlx_adapters.errors import ModelError
@@ -51,29 +50,32 @@ def _noting(path: str, layer: nn.Module, tape: Tape) -> Callable[..., mx.array]:
 
 
 def tapped_vjp(
-    run: Callable[[mx.array], mx.array], tape: Tape, hidden: mx.array, cotangent: Callable[[mx.array], mx.array]
-) -> tuple[mx.array, list[tuple[str, mx.array, mx.array | None, mx.array]]]:
-    """(gradient at `hidden`, [(path, input, expert indices, gradient at the output)]) of `run`. Raises ModelError."""
+    run: Callable[..., Sequence[mx.array]],
+    tape: Tape,
+    inputs: Sequence[mx.array],
+    cotangents: Callable[[Sequence[mx.array]], Sequence[mx.array]],
+) -> tuple[list[mx.array], list[tuple[str, mx.array, mx.array | None, mx.array]]]:
+    """(gradients at `inputs`, [(path, input, expert indices, gradient at the output)]) of `run(*inputs)`, whose outputs
+    get `cotangents` of them. Token ids as the only input have no gradient. Raises ModelError."""
     tape.probes, tape.notes, tape.shapes = None, [], []
-    out = run(hidden)  # lazy: only for the shapes, and for what the cotangent needs of it
-    sent = cotangent(out)
+    sent = list(cotangents(run(*inputs)))  # lazy: only for the shapes, and for what the cotangents need
     probes = [mx.broadcast_to(mx.zeros(()), shape) for shape in tape.shapes]  # (no memory)
+    own = list(inputs) if mx.issubdtype(inputs[0].dtype, mx.floating) else []
+    if not own and not probes:
+        return [], []
 
-    def probed(hidden: mx.array, *probes: mx.array) -> mx.array:
-        tape.probes, tape.notes, tape.shapes = list(probes), [], []
-        return run(hidden)
+    def probed(*arrays: mx.array) -> Sequence[mx.array]:
+        tape.probes, tape.notes, tape.shapes = list(arrays[len(own) :]), [], []
+        return run(*(arrays[: len(own)] or inputs))
 
-    whole = not mx.issubdtype(hidden.dtype, mx.floating)  # the whole model at once: its input is token ids
-    function = partial(probed, hidden) if whole else probed
     try:
-        _, gradients = mx.vjp(function, probes if whole else [hidden, *probes], [sent])
+        _, gradients = mx.vjp(probed, [*own, *probes], sent)
     except (ValueError, RuntimeError) as error:  # such as a kernel for Metal that has no vjp
         if isinstance(error, RuntimeError) and out_of_memory(error):
             raise
         raise ModelError(f"mlx-lm's code for this model has no gradient on this device: {error}") from error
-    gradients = [mx.zeros(1), *gradients] if whole else gradients
-    noted = [(*note, g) for note, g in zip(tape.notes, gradients[1:], strict=True)]
-    return gradients[0], noted
+    noted = [(*note, g) for note, g in zip(tape.notes, gradients[len(own) :], strict=True)]
+    return gradients[: len(own)], noted
 
 
 def fisher_probe(logits: mx.array, key: mx.array) -> mx.array:
