@@ -25,7 +25,7 @@ from mlx_adapters.assembly.spool import Spool
 from mlx_adapters.assembly.weights import Updates
 from mlx_adapters.calibration import fidelity, mixed, texts
 from mlx_adapters.calibration.blockwise import BlockwiseModel
-from mlx_adapters.calibration.collecting import Collector, HiddenStates, fisher_probe
+from mlx_adapters.calibration.collecting import Collector, States, fisher_probe
 from mlx_adapters.calibration.fidelity import measure_fidelity
 from mlx_adapters.calibration.moments import ExpertMoments
 from mlx_adapters.calibration.texts import GENERAL, choose_text
@@ -149,7 +149,7 @@ def test_calibration_holds_the_activations_of_one_block(tiny_model, tmp_path):
     mx.synchronize()
     before = mx.get_active_memory()
     last = collector.run_forward(lambda event: None)
-    kept = sum(h.nbytes for h in last)
+    kept = sum(array.nbytes for state in last for array in state)
     mx.synchronize()
     assert mx.get_active_memory() - before < 3 * kept
     assert len(list(tmp_path.iterdir())) == 12
@@ -178,7 +178,7 @@ def test_what_is_outside_the_blocks_is_dense_only_while_it_is_used(tiny_model):
     model = BlockwiseModel(resolve_base(tiny_model("qwen3", bits=4)))
     count = len(model.blocks)
     model.prepare(count)
-    mx.eval(model.blocks.finish(mx.ones((1, 1, 64)), mx.array([0])))
+    mx.eval(model.blocks.finish([mx.ones((1, 1, 64))], mx.array([0])))
     before = mx.get_active_memory()
     model.prepare(count)
     assert before - mx.get_active_memory() > 0.9 * model.weight("lm_head").nbytes
@@ -216,14 +216,15 @@ def test_a_disk_too_small_is_known_before_calibration(tiny_model, tmp_path, home
     assert not any("alibrat" in str(event) for event in events) and not (tmp_path / "again").exists()
 
 
-def test_hidden_states_come_back_from_last_to_first(tmp_path):
-    states = HiddenStates(tmp_path)
-    lists = [[mx.random.normal((i + 1, 3)) for i in range(k + 1)] for k in range(12)]
-    for arrays in lists:
-        states.put(arrays)
-    for arrays in reversed(lists):
-        taken = states.take()
-        assert [a.tolist() for a in taken] == [a.tolist() for a in arrays]
+def test_states_come_back_from_last_to_first(tmp_path):
+    states = States(tmp_path)
+    lists = [[[mx.random.normal((i + 1, n)) for n in range(1, 2 + i % 3)] for i in range(k + 1)] for k in range(12)]
+    for each in lists:
+        states.put(each)
+    for each in reversed(lists):
+        assert [[a.tolist() for a in state] for state in states.take()] == [
+            [a.tolist() for a in state] for state in each
+        ]
     assert not list(tmp_path.iterdir())
 
 
