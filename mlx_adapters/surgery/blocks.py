@@ -6,7 +6,7 @@ called with, and nothing of them is computed; each can then be called by itself 
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -189,7 +189,7 @@ class Blocks:
             calls, made, logits = self._probe(embedded=1.0, gives=math.nan)
             self._uses = [{p: made[id(a)][0] for p, a in call if id(a) in made} for call in calls]
             hidden = [{p for p, key in uses.items() if key == (i, 0)} for i, uses in enumerate(self._uses[1:])]
-            entrance = hidden[0] if hidden else {_first(dict(calls[0]))}
+            entrance = hidden[0] if hidden else {_first(calls[0])[0]}
             shapes = {a.shape for call in calls for path, a in call if path in entrance}
             lost = any(id(a) not in made and _has_nan(a) for call in calls for _, a in call)
             lost = lost or (ask and _has_nan(logits))
@@ -202,7 +202,7 @@ class Blocks:
         later = [{key for uses in self._uses[i:] for key in uses.values() if key[0] < i} for i in range(count + 1)]
         self._keys = [[(i - 1, 0), *sorted(keys - {(i - 1, 0)})] for i, keys in enumerate(later)]
         in_row = len(calls) == count and all(paths == entrance for paths in hidden) and len(at_first) == 1
-        return in_row and not lost and [shape[-3:-1] for shape in shapes] == [(1, 3)]
+        return in_row and not lost and len(shapes) == 1 and len(shapes.pop()) == 3
 
     def _probe(self, embedded: float, gives: float, ask: bool = False) -> tuple[list[Arrays], Made, mx.array]:
         """What a pass of three tokens calls each block with, what stands for what they give by `id`, and the logits.
@@ -215,7 +215,6 @@ class Blocks:
 
         def give(index: int, original: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
             calls.append(_arrays((arguments, keywords)))
-            first = dict(calls[-1])[_first(dict(calls[-1]))]
             given = original(*arguments, **keywords) if ask else None
             if ask:
                 self._gives[index] = _leaves(given)
@@ -223,7 +222,7 @@ class Blocks:
 
             def stand(number: int) -> mx.array:
                 is_read = index == len(self._blocks) - 1 and number == 0
-                array = _full(like[number] if ask else first, 1.0 if is_read else gives)
+                array = _full(like[number] if ask else _first(calls[-1])[1], 1.0 if is_read else gives)
                 made[id(array)] = (index, number), array
                 return array
 
@@ -251,8 +250,7 @@ class Blocks:
 
         def give(index: int, original: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
             calls.append((arguments, keywords))
-            arrays = dict(_arrays(calls[-1]))
-            return _filled(self._gives[index], lambda _: arrays[_first(arrays)])
+            return _filled(self._gives[index], lambda _: _first(_arrays(calls[index]))[1])
 
         self._traced(tokens, give)
         entered = dict(_arrays(calls[0]))[next(iter(self._uses[0]))]
@@ -281,12 +279,11 @@ class Blocks:
         if not self.paths:
             logits = self.module(hidden)
             return logits.reshape(-1, logits.shape[-1])[positions]
-        *streams, rows, length, width = hidden.shape  # (most models have one stream)
-        chosen = hidden.reshape(*streams, 1, rows * length, width)[..., positions, :]
+        chosen = hidden.reshape(-1, hidden.shape[-1])[positions][None]
 
         def give(index: int, original: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
-            arrays = dict(_arrays((arguments, keywords)))
-            return _filled(self._gives[index], lambda _: chosen if index == len(self) - 1 else arrays[_first(arrays)])
+            hidden = chosen if index == len(self) - 1 else _first(_arrays((arguments, keywords)))[1]
+            return _filled(self._gives[index], lambda _: hidden)
 
         return self._traced(mx.zeros((1, 1), mx.int32), give)[0]
 
@@ -317,9 +314,9 @@ def _arrays(tree: Any) -> Arrays:
     return found
 
 
-def _first(arrays: Mapping[str, mx.array]) -> str:
-    """The path of the first that may be a hidden state."""
-    return next(path for path, a in arrays.items() if a.ndim >= 3 and mx.issubdtype(a.dtype, mx.floating))
+def _first(arrays: Arrays) -> tuple[str, mx.array]:
+    """The first that may be a hidden state, and its path."""
+    return next((path, a) for path, a in arrays if a.ndim >= 3 and mx.issubdtype(a.dtype, mx.floating))
 
 
 def _leaves(tree: Any) -> Any:
