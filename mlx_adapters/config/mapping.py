@@ -51,11 +51,12 @@ def from_mapping(cls: type[Config], values: Mapping[str, Any], where: str = "the
         key = str(key)
         if key not in fields:
             raise ConfigError(f"Unknown setting '{key}' in {where}.", did_you_mean(key, fields))
-        checked[key] = _convert(value, hints[key], key, where)
+        checked[key] = converted(value, hints[key], key, where)
     return cls(**checked)
 
 
-def _convert(value: Any, hint: Any, key: str, where: str) -> Any:
+def converted(value: Any, hint: Any, key: str, where: str) -> Any:
+    """A value as the annotation `hint` says. Raises ConfigError that names its `key` and `where` it stands."""
     origin, options = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return value
@@ -67,7 +68,7 @@ def _convert(value: Any, hint: Any, key: str, where: str) -> Any:
             if dataclasses.is_dataclass(option) and isinstance(value, Mapping):
                 return from_mapping(option, value, f"'{key}' of {where}")  # type: ignore[arg-type]
             try:
-                return _convert(value, option, key, where)
+                return converted(value, option, key, where)
             except ConfigError:
                 continue
     elif origin is Literal:
@@ -75,10 +76,10 @@ def _convert(value: Any, hint: Any, key: str, where: str) -> Any:
             return value
     elif origin is tuple:
         if isinstance(value, list | tuple):
-            return tuple(_convert(item, options[0], key, where) for item in value)
+            return tuple(converted(item, options[0], key, where) for item in value)
     elif origin is dict:
         if isinstance(value, Mapping):
-            return {str(k): _convert(v, options[1], key, where) for k, v in value.items()}
+            return {str(k): converted(v, options[1], key, where) for k, v in value.items()}
     elif hint is float and isinstance(value, numbers.Real) and not isinstance(value, bool):
         with contextlib.suppress(OverflowError):
             return float(value)

@@ -14,6 +14,7 @@ errors for values out of range are made of it. Choices are the annotation's `Lit
 """
 
 import dataclasses
+import functools
 import math
 import operator
 import textwrap
@@ -23,10 +24,11 @@ from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
 from typing import Any, Literal, TypeVar
 
-from mlx_adapters.config.mapping import require, to_mapping
+from mlx_adapters.config.mapping import converted, require, shown, to_mapping
 from mlx_adapters.errors import ConfigError, did_you_mean
 
 Class = TypeVar("Class", bound=type)
+Given = TypeVar("Given")
 
 
 RULES = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
@@ -152,10 +154,38 @@ def _alternatives(hint: Any) -> Sequence[Any]:
     return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
 
 
-def check(config: Any) -> None:
-    """Raise ConfigError for the first value that is not among its setting's choices or within its bounds."""
+def check(config: Any, kinds: bool = False) -> None:
+    """Raise ConfigError for the first value that is not among its setting's choices or within its bounds, or if `kinds`
+    not of its annotation's kind."""
     for name, one in settings_of(type(config)).items():
         one.check(getattr(config, name))
+    if kinds:
+        _check_kinds(config)
+
+
+def _check_kinds(config: Any) -> None:
+    """Raise ConfigError for the first value that is not of its annotation's kind. NumPy's numbers become Python's and
+    lists tuples; settings in settings are left to themselves."""
+    cls: Any = type(config)
+    for name, hint in _hints(cls).items():
+        value = getattr(config, name)
+        made = converted(value, hint, name, "the settings")
+        if type(value) not in (int, float, str, bool):  # 2 for 2.0 stays as it was given
+            object.__setattr__(config, name, made)
+
+
+def of_kind(kind: type[Given], value: object) -> Given:
+    """The settings `value`, or those by default for None. Raises ConfigError for anything else, such as a mapping."""
+    known = isinstance(value, kind | None)
+    require(known, f"The settings cannot be {shown(value)}.", f"give a {kind.__name__}: ma.{kind.__name__}(...).")
+    return kind() if value is None else value  # type: ignore[return-value]
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    hints = {name: typing.get_type_hints(cls)[name] for name in settings_of(cls)}
+    inner = {name for name, hint in hints.items() if any(map(dataclasses.is_dataclass, typing.get_args(hint)))}
+    return {name: hint for name, hint in hints.items() if name not in inner}
 
 
 def settings(cls: Class) -> Class:

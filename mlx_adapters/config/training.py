@@ -59,7 +59,7 @@ class LoraConfig:
     original: str | None = setting(None, "The model that a quantized base was made of, for loftq", metavar="BASE")
 
     def __post_init__(self) -> None:
-        check(self)
+        check(self, kinds=True)
         if self.init == "pissa":
             require(self.dropout == 0, "PiSSA takes no dropout: it would act on the base's own weight.")
             require(self.scale > 0, f"PiSSA needs a scale above 0, not {self.scale}.")
@@ -99,7 +99,7 @@ class _Objective:
     likelihood: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check(self)
+        check(self, kinds=True)
 
 
 @settings
@@ -210,7 +210,6 @@ class KTO(_Objective):
 Objective = SFT | DPO | ORPO | SimPO | KTO
 OBJECTIVES: dict[str, type[Objective]] = {kind().name: kind for kind in (SFT, DPO, ORPO, SimPO, KTO)}
 
-
 MOST_BY_DEFAULT, LEAST_BY_DEFAULT, PASSES = 600, 100, 10  # iterations, and passes over the rows
 EVERY = 100  # iterations between two validations, or two checkpoints
 _EVERY = f"{EVERY}, or a tenth of a run that the rows make shorter"
@@ -316,6 +315,7 @@ class TrainConfig(DataConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check(self, kinds=True)
         example = "give a Quantization, such as Quantization(bits=4, group_size=64): that of the fuse to come."
         known = isinstance(self.fuse_aware, Quantization | None)
         require(known, f"fuse_aware cannot be {shown(self.fuse_aware)}.", example)

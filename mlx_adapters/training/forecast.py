@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from mlx_adapters.config.mapping import from_mapping
+from mlx_adapters.config.settings import of_kind
 from mlx_adapters.config.training import LoraConfig, TrainConfig, settled
 from mlx_adapters.data.batches import Batch
 from mlx_adapters.data.datasets import Data, read_data
@@ -131,12 +132,11 @@ def estimate(
         >>> forecast.fits, forecast.peak_bytes > 0
         (True, True)
     """
-    resolved, lora, training = resolve_base(base), lora or LoraConfig(), training or TrainConfig()
+    resolved, lora, training = resolve_base(base), of_kind(LoraConfig, lora), of_kind(TrainConfig, training)
     tokenizer = load_tokenizer_of(resolved, training.template)
     rows = setup.tokenize_split(read_data(data, read=training), "train", tokenizer, training, on_event)
     setup.require_readable(rows, resolved)
-    training = settled(training, len(bins_of(rows, training)))
-    return estimate_rows(resolved, rows, lora, training, timed)
+    return estimate_rows(resolved, rows, lora, settled(training, len(bins_of(rows, training))), timed)
 
 
 def estimate_rows(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_adapters.config.mapping import from_mapping, to_mapping
+from mlx_adapters.config.settings import of_kind
 from mlx_adapters.config.training import LoraConfig, Objective, TrainConfig, settled
 from mlx_adapters.data.datasets import Data, DataSet
 from mlx_adapters.data.tokenizing import Row
@@ -67,6 +68,10 @@ class Asked:
     init_from: AdapterLike | None
     reference: AdapterLike | None
     command: str | None
+
+    def __post_init__(self) -> None:
+        of_kind(LoraConfig, self.lora)
+        of_kind(TrainConfig, self.training)
 
 
 @dataclass(frozen=True)
