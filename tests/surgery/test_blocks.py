@@ -12,7 +12,7 @@ from mlx_adapters.calibration.blockwise import BlockwiseModel
 from mlx_adapters.calibration.collecting import Collector
 from mlx_adapters.calibration.fidelity import measure_fidelity
 from mlx_adapters.data.batches import make_batches
-from mlx_adapters.models.loading import load_module
+from mlx_adapters.models.loading import dequantize_layers, load_module
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.surgery.blocks import Blocks
 
@@ -24,6 +24,7 @@ SHARED = {"gemma4_text": [1, 3, 5, 3, 1], "rwkv7": [1, 2, 1], "talkie": [1, 1, 1
 def test_blocks_one_after_the_other_compute_what_the_model_does(tmp_path, name):
     """Gemma 4's last blocks take keys and values of earlier ones, RWKV 7's values of the first, talkie's embeddings."""
     module, _ = load_module(resolve_base(tiny_base(tmp_path / name, name)))
+    dequantize_layers(module, mx.float32)
     blocks = Blocks(module)
     state, calls = blocks.enter(IDS)
     sizes = [len(state)]

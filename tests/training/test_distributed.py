@@ -71,7 +71,7 @@ def runs(tiny_model, tmp_path_factory):
         program = str(Path(sys.executable).parent / "mlx.launch")
         command = [program, "-n", "2", "--backend", "ring", "-p", str(own_port()), "--", *script]
         beside = {} if "lost" in requests else {"NCCL_HOST_IP": "127.0.0.1"}  # connections, as where NCCL sums
-        done = subprocess.run(command, env=environment | beside, capture_output=True, text=True, timeout=240)
+        done = subprocess.run(command, env=environment | beside, capture_output=True, text=True, timeout=900)
         lines = (done.stdout or done.stderr).splitlines()
         return {of: "\n".join(line for line in lines if f"{of}: " in line) or done.stderr for of in requests}
 

@@ -72,7 +72,7 @@ def said(tiny_model, tmp_path_factory):
     (work / "scenarios.json").write_text(json.dumps(scenarios))
     script = [sys.executable, str(TESTS / "helpers" / "rank_scenarios.py"), str(work)]
     command = [str(Path(sys.executable).parent / "mlx.launch"), "-n", "2", "--backend", "ring", "-p", str(own_port())]
-    done = subprocess.run([*command, "--", *script], env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run([*command, "--", *script], env=environment, capture_output=True, text=True, timeout=900)
     ranks = [[json.loads(line) for line in (work / f"rank{rank}.jsonl").read_text().splitlines()] for rank in (0, 1)]
     assert len(ranks[0]) == len(ranks[1]) == len(scenarios), done.stdout + done.stderr
     return {scenario["name"]: pair for scenario, *pair in zip(scenarios, *ranks, strict=True)}, home / "adapters"
