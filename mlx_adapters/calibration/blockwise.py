@@ -74,7 +74,7 @@ class BlockwiseModel:
 
     def _part(self, index: int) -> nn.Module:
         if index < len(self.blocks):
-            return self.blocks.block(index)
+            return self.blocks.modules[index]
         return _Outside(self.source.module, self.blocks)
 
     def _weight(self, path: str) -> mx.array:

@@ -87,12 +87,12 @@ class Collector:
         layers, blocks = backward.source.layers, len(forward.blocks)
         self.paths = paths = {path for path in paths if isinstance(layers[path], ADAPTABLE)}
         wanted = [i for i in range(blocks + 1) if paths & set(forward.layer_paths(i))]
-        outside = paths & set(forward.layer_paths(blocks))
-        self.first = 0 if outside else min(wanted, default=blocks)
+        self.outside = paths & set(forward.layer_paths(blocks))
+        self.first = 0 if self.outside else min(wanted, default=blocks)
         self.unknown: set[str] = set()
         self._entries = States(folder)
         self._calls: list[list[Call]] = []  # of each batch
-        self._sent: list[dict[int, list[mx.array]]] = []  # gradients at what each block was given beside the state
+        self._sent: list[list[mx.array]] = []  # gradients at what the blocks were given beside the state
 
     def run(self, on_event: OnEvent = log_warnings, seed: int = 0) -> "Stages":
         """Yield (paths, moments) of the head, then of each block from the last to the first."""
@@ -104,7 +104,7 @@ class Collector:
         model.prepare(count)
         entered = [model.blocks.enter(batch.tokens) for batch in self.batches]
         states, self._calls = [state for state, _ in entered], [calls for _, calls in entered]
-        self._sent = [{} for _ in entered]
+        self._sent = [[] for _ in entered]
         mx.eval([call.given for calls in self._calls for call in calls])
         size = sum(array.nbytes for state in states for array in state)
         paths.require_free_space(self._entries.folder, (count - self.first) * size)
@@ -174,7 +174,7 @@ class Stages:
             moments = self._known(moments)  # (whoever takes them is the last to hold them)
             yield index, moments
             c.backward.release(index)
-        if c.paths & set(c.backward.layer_paths(count)):
+        if c.outside:
             self._entrance(held_back, cotangents)
             yield count, self._known(_felt(held_back))
 
@@ -217,37 +217,37 @@ class Stages:
         entries = c._entries.take()
         with c.tapped(index, tape):
             for number, (batch, state, sent) in enumerate(zip(c.batches, entries, cotangents, strict=True)):
-                call, size = c._calls[number][index], len(state)
+                call, size = c._calls[number].pop(), len(state)  # (the last: each is asked for once)
 
                 def run(*arrays: mx.array, call: Call = call, size: int = size) -> list[mx.array]:
-                    return c.backward.blocks.step(index, arrays[:size], replace(call, given=arrays[size:]))
+                    given = arrays[size:] or call.given
+                    return c.backward.blocks.step(index, arrays[:size], replace(call, given=given))
 
-                gradients, noted = tapped_vjp(run, tape, [*state, *call.given], partial(_sent, sent))
-                if index > c.first or c.first == 0:
+                inputs = [*state, *call.given] if c.outside else state
+                gradients, noted = tapped_vjp(run, tape, inputs, partial(_sent, sent))
+                if index > c.first or c.outside:  # (to keep others would hold all that leads to them)
                     mx.eval(gradients)
+                    below.append(gradients[:size])
+                    c._sent[number] = [*gradients[size:], *c._sent[number]]
                 c.add(moments, noted, batch, batch.real)
-                below.append(gradients[:size])
-                c._sent[number][index] = gradients[size:]
         return moments, below
 
     def _entrance(self, moments: dict[str, Moments | ExpertMoments], cotangents: list[list[mx.array]]) -> None:
         """What lies before the blocks: embeddings that are no output layer, and what is made of them for each block."""
         c, tape = self.collector, Tape()
-        blocks, outside = c.backward.blocks, c.paths & set(c.backward.layer_paths(len(c.backward.blocks)))
-        layers = dict(c.backward.source.module.named_modules())
-        wanted = {path: layers[path] for path in outside - set(moments)}
+        blocks, layers = c.backward.blocks, dict(c.backward.source.module.named_modules())
+        wanted = {path: layers[path] for path in c.outside - set(moments)}
         if not blocks or not wanted:
             return
 
         def run(tokens: mx.array) -> list[mx.array]:
             state, calls = blocks.enter(tokens)
-            return [*state, *(array + 0 for call in calls for array in call.given)]  # (no array twice: MLX would take
-            # one of its cotangents)
+            return [*state, *(array for call in calls for array in call.given)]
 
         with tapped(wanted, tape, lookups=True):
             for batch, sent, given in zip(c.batches, cotangents, c._sent, strict=True):
-                sent = [*sent, *(array for _, arrays in sorted(given.items()) for array in arrays)]
-                c.add(moments, tapped_vjp(run, tape, [batch.tokens], partial(_sent, sent))[1], batch, batch.real)
+                noted = tapped_vjp(run, tape, [batch.tokens], partial(_sent, [*sent, *given]))[1]
+                c.add(moments, noted, batch, batch.real)
 
 
 def _felt(moments: dict[str, Moments | ExpertMoments]) -> dict[str, Moments | ExpertMoments]:

@@ -157,26 +157,26 @@ Made = dict[int, tuple[Key, mx.array]]  # by `id`
 
 
 class Blocks:
-    """A module as embedding, blocks and head. `paths[i]` is where block i lies; () if it cannot be split: a model
-    whose blocks are not called in a row, each with the hidden state of the one before, is run whole.
+    """A module as embedding, blocks and head. `paths[i]` is where block i, `modules[i]`, lies; () if it cannot be
+    split: a model whose blocks are not called in a row, each with the hidden state of the one before, is run whole.
 
     From block to block goes a state: the hidden state (rows, length, dim), then what later blocks take of what earlier
     ones gave (keys and values that layers share, say). What hangs on what, two passes of three tokens tell: in one all
-    embeddings give NaN, in the other all blocks do. Nothing but NaN and what is not computed flows there.
+    embeddings give NaN, in the other all blocks do. Large weights are not read there: a layer hands on NaN, or none.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.paths: tuple[str, ...] = ()
         blocks = find_blocks(module)
-        self._blocks: list[nn.Module] = list(blocks.owner[blocks.key]) if blocks is not None else []
-        self._gives: list[Any] = [Leaf(0) for _ in self._blocks]  # what each gives, with leaves for arrays
+        self.modules: list[nn.Module] = list(blocks.owner[blocks.key]) if blocks is not None else []
+        self._gives: list[Any] = [Leaf(0) for _ in self.modules]  # what each gives, with leaves for arrays
         self._uses: list[dict[str, Key]] = []  # what each takes of what others gave, by path
         self._given: list[list[str]] = []  # paths of what hangs on embeddings
         self._keys: list[list[Key]] = []  # the state before each block, and after the last
         if blocks is not None and (self._learn() or self._learn(ask=True)):
             path = f"{blocks.path}.{blocks.key}" if blocks.path else blocks.key
-            self.paths = tuple(f"{path}.{i}" for i in range(len(self._blocks)))
+            self.paths = tuple(f"{path}.{i}" for i in range(len(self.modules)))
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -184,21 +184,21 @@ class Blocks:
     def _learn(self, ask: bool = False) -> bool:
         """Whether the model can be split, and how; `ask` its blocks what else they give (nothing is computed)."""
         try:
-            calls, made, _ = self._probe(embedded=math.nan, gives=1.0, ask=ask)
+            calls, made, from_embeddings = self._probe(embedded=math.nan, gives=1.0, ask=ask)
             self._given = [[p for p, a in call if id(a) not in made and _has_nan(a)] for call in calls]
-            calls, made, logits = self._probe(embedded=1.0, gives=math.nan)
+            calls, made, from_blocks = self._probe(embedded=1.0, gives=math.nan)
             self._uses = [{p: made[id(a)][0] for p, a in call if id(a) in made} for call in calls]
             hidden = [{p for p, key in uses.items() if key == (i, 0)} for i, uses in enumerate(self._uses[1:])]
             entrance = hidden[0] if hidden else {_first(calls[0])[0]}
             shapes = {a.shape for call in calls for path, a in call if path in entrance}
             lost = any(id(a) not in made and _has_nan(a) for call in calls for _, a in call)
-            lost = lost or (ask and _has_nan(logits))
+            lost = lost or _has_nan(from_embeddings) or _has_nan(from_blocks)  # beside the last hidden state
             at_first = {id(a) for path, a in calls[0] if path in entrance}
         except Exception:  # the model expects more of a block
             return False
         self._uses[0] = dict.fromkeys(sorted(entrance), (-1, 0))
         self._given[0] = [path for path in self._given[0] if path not in entrance]
-        count = len(self._blocks)
+        count = len(self.modules)
         later = [{key for uses in self._uses[i:] for key in uses.values() if key[0] < i} for i in range(count + 1)]
         self._keys = [[(i - 1, 0), *sorted(keys - {(i - 1, 0)})] for i, keys in enumerate(later)]
         in_row = len(calls) == count and all(paths == entrance for paths in hidden) and len(at_first) == 1
@@ -221,7 +221,7 @@ class Blocks:
             like = [array for _, array in _arrays(given)]
 
             def stand(number: int) -> mx.array:
-                is_read = index == len(self._blocks) - 1 and number == 0
+                is_read = index == len(self.modules) - 1 and number == 0
                 array = _full(like[number] if ask else _first(calls[-1])[1], 1.0 if is_read else gives)
                 made[id(array)] = (index, number), array
                 return array
@@ -232,13 +232,16 @@ class Blocks:
             for _, layer in self.module.named_modules():
                 if isinstance(layer, nn.Embedding | nn.QuantizedEmbedding):
                     stack.callback(intercept(layer, embed))
+                    stack.callback(intercept(layer, _hand_on, "as_linear"))
+                elif isinstance(layer, nn.Linear | nn.QuantizedLinear):
+                    stack.callback(intercept(layer, _hand_on))
             logits = self._traced(mx.zeros((1, 3), mx.int32), give)
         return calls, made, logits
 
     def _traced(self, tokens: mx.array, give: Callable[..., Any]) -> mx.array:
         """The logits, where calling block i runs `give(i, original, hidden, …)`."""
         with ExitStack() as stack:
-            for index, block in enumerate(self._blocks):
+            for index, block in enumerate(self.modules):
                 stack.callback(intercept(block, partial(give, index)))
             return self.module(tokens)
 
@@ -257,29 +260,26 @@ class Blocks:
         return [entered], [self._call(i, call) for i, call in enumerate(calls)]
 
     def _call(self, index: int, call: tuple[tuple[Any, ...], dict[str, Any]]) -> Call:
-        given, moving = self._given[index], {*self._uses[index], *self._given[index]}
+        arrays, moving = dict(_arrays(call)), {*self._uses[index], *self._given[index]}
         arguments, keywords = tree_map_with_path(lambda path, leaf: None if path in moving else leaf, call)
-        arrays = dict(_arrays(call))
-        return Call(arguments, keywords, [arrays[path] for path in given])
+        return Call(arguments, keywords, [arrays[path] for path in self._given[index]])
 
     def step(self, index: int, state: Sequence[mx.array], call: Call) -> list[mx.array]:
         """The state after block `index`."""
         held = dict(zip(self._keys[index], state, strict=True))
         moving = {path: held[key] for path, key in self._uses[index].items()}
         moving |= zip(self._given[index], call.given, strict=True)
-        whole = (call.arguments, call.keywords)
-        arguments, keywords = tree_map_with_path(lambda path, leaf: moving.get(path, leaf), whole)
-        given = _arrays(self._blocks[index](*arguments, **keywords))
+        arguments, keywords = tree_map_with_path(lambda p, leaf: moving.get(p, leaf), (call.arguments, call.keywords))
+        given = _arrays(self.modules[index](*arguments, **keywords))
         held |= {(index, n): array for n, (_, array) in enumerate(given)}
         return [held[key] for key in self._keys[index + 1]]
 
     def finish(self, state: Sequence[mx.array], positions: mx.array) -> mx.array:
         """Logits (n, vocabulary) at flattened `positions` (n,), from the state after the last block."""
-        hidden = state[0]
         if not self.paths:
-            logits = self.module(hidden)
+            logits = self.module(state[0])
             return logits.reshape(-1, logits.shape[-1])[positions]
-        chosen = hidden.reshape(-1, hidden.shape[-1])[positions][None]
+        chosen = state[0].reshape(-1, state[0].shape[-1])[positions][None]
 
         def give(index: int, original: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
             hidden = chosen if index == len(self) - 1 else _first(_arrays((arguments, keywords)))[1]
@@ -291,13 +291,8 @@ class Blocks:
         """`positions` cut up so that no part has more than MOST_LOGITS logits; a model run whole is run once."""
         if not self.paths:
             return [positions]
-        width = self.finish(state, positions[:1]).shape[-1]  # (its shape alone; nothing is computed)
-        step = max(1, MOST_LOGITS // width)
+        step = max(1, MOST_LOGITS // self.finish(state, positions[:1]).shape[-1])  # (nothing is computed)
         return [positions[a : a + step] for a in range(0, positions.shape[0], step)]
-
-    def block(self, index: int) -> nn.Module:
-        """Block `index` itself."""
-        return self._blocks[index]
 
 
 def _arrays(tree: Any) -> Arrays:
@@ -333,6 +328,11 @@ def _filled(tree: Any, array: Callable[[int], mx.array]) -> Any:
 def _full(like: mx.array, value: float) -> mx.array:
     """An array that is all `value`; of whole numbers, zeros."""
     return mx.full(like.shape, value if mx.issubdtype(like.dtype, mx.floating) else 0, like.dtype)
+
+
+def _hand_on(original: Callable[..., mx.array], x: mx.array) -> mx.array:
+    """The mean of `x` (..., in) for each output of a linear layer, whose weight is not read."""
+    return _full(original(x), 1.0) * x.astype(mx.float32).mean(axis=-1, keepdims=True)
 
 
 def _has_nan(array: mx.array) -> bool:

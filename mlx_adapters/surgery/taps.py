@@ -60,22 +60,27 @@ def tapped_vjp(
     tape.probes, tape.notes, tape.shapes = None, [], []
     sent = list(cotangents(run(*inputs)))  # lazy: only for the shapes, and for what the cotangents need
     probes = [mx.broadcast_to(mx.zeros(()), shape) for shape in tape.shapes]  # (no memory)
-    own = list(inputs) if mx.issubdtype(inputs[0].dtype, mx.floating) else []
-    if not own and not probes:
+    if not probes and not _floating(inputs[0]):
         return [], []
 
     def probed(*arrays: mx.array) -> Sequence[mx.array]:
-        tape.probes, tape.notes, tape.shapes = list(arrays[len(own) :]), [], []
-        return run(*(arrays[: len(own)] or inputs))
+        tape.probes, tape.notes, tape.shapes = list(arrays[len(inputs) :]), [], []
+        given = run(*(each if _floating(each) else mx.stop_gradient(each) for each in arrays[: len(inputs)]))
+        # (Of an array given twice MLX takes one cotangent.)
+        return [each + 0 if _floating(each) else mx.stop_gradient(each) for each in given]
 
     try:
-        _, gradients = mx.vjp(probed, [*own, *probes], sent)
+        _, gradients = mx.vjp(probed, [*inputs, *probes], sent)
     except (ValueError, RuntimeError) as error:  # such as a kernel for Metal that has no vjp
         if isinstance(error, RuntimeError) and out_of_memory(error):
             raise
         raise ModelError(f"mlx-lm's code for this model has no gradient on this device: {error}") from error
-    noted = [(*note, g) for note, g in zip(tape.notes, gradients[len(own) :], strict=True)]
-    return gradients[: len(own)], noted
+    noted = [(*note, g) for note, g in zip(tape.notes, gradients[len(inputs) :], strict=True)]
+    return gradients[: len(inputs)], noted
+
+
+def _floating(array: mx.array) -> bool:
+    return mx.issubdtype(array.dtype, mx.floating)
 
 
 def fisher_probe(logits: mx.array, key: mx.array) -> mx.array:

@@ -15,6 +15,7 @@ from mlx_adapters.data.batches import make_batches
 from mlx_adapters.models.loading import dequantize_layers, load_module
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.surgery.blocks import Blocks
+from mlx_adapters.surgery.taps import Tape, tapped, tapped_vjp
 
 IDS = mx.array([[3, 9, 27, 81, 40, 7], [300, 12, 5, 6, 7, 8]])
 SHARED = {"gemma4_text": [1, 3, 5, 3, 1], "rwkv7": [1, 2, 1], "talkie": [1, 1, 1], "gptj": [1, 1, 1]}
@@ -117,11 +118,101 @@ def test_what_blocks_may_keep_things_in_is_not_handed_to_them_twice():
     assert not Blocks(Keeping(None))
 
 
-def test_a_head_that_reads_more_than_the_hidden_state_is_not_cut_off():
-    class Wide(Toy):
-        def __call__(self, tokens):
-            x, other = self.layers[0](self.embed(tokens))
-            x, other = self.layers[1](x, other)
-            return x + other
+class Row(nn.Module):
+    """Three blocks in a row; the second and third are given what the one before gave. `read`: what the head reads."""
 
-    assert not Blocks(Wide(None))
+    def __init__(self, blocks, read=lambda x, *_: x):
+        super().__init__()
+        self.embed, self.layers, self.read = nn.Embedding(10, 8), list(blocks), read
+
+    def __call__(self, tokens):
+        embedded = self.embed(tokens)
+        first, other = self.layers[0](embedded)
+        x, other = self.layers[1](first, other)
+        x, other = self.layers[2](x, other)
+        return self.read(x, first, embedded, other)
+
+
+class Plain(Row):
+    """The same, of blocks that give nothing but a hidden state."""
+
+    def __call__(self, tokens):
+        embedded = self.embed(tokens)
+        first = self.layers[0](embedded)
+        return self.read(self.layers[2](self.layers[1](first)), first, embedded)
+
+
+class Choosing(Block):
+    """Gives whole numbers, by which the next one chooses among its inputs."""
+
+    def __call__(self, x, chosen=None):
+        y = super().__call__(x if chosen is None else mx.take_along_axis(x, chosen, axis=-1))
+        return y, mx.stop_gradient(mx.argsort(y, axis=-1))
+
+
+class PassingOn(Block):
+    """Hands on what it was given, as it is."""
+
+    def __call__(self, x, other=None):
+        y = super().__call__(x, other)
+        return y, y * y if other is None else other
+
+
+ROWS = {
+    "an array twice": lambda: Block(lambda y: (y, y)),
+    "whole numbers": lambda: Choosing(lambda y: y),
+    "what it was given": lambda: PassingOn(lambda y: y),
+}
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_gradients_go_back_through_all_that_a_block_gives(kind):
+    module, tokens = Row(ROWS[kind]() for _ in range(3)), mx.array([[1, 2, 3, 4]])
+    layers = {f"layers.{i}.linear": block.linear for i, block in enumerate(module.layers)}
+    blocks, found, tape = Blocks(module), {}, Tape()
+    state, calls = blocks.enter(tokens)
+    states = [state]
+    for index, call in enumerate(calls):
+        states.append(blocks.step(index, states[-1], call))
+    assert [len(state) for state in states] == [1, 2, 2, 1]
+    sent = [mx.ones((1, 4, 8))]
+    with tapped(layers, tape):
+        for index in (2, 1, 0):
+
+            def step(*state, index=index):
+                return blocks.step(index, state, calls[index])
+
+            sent, ((path, _, _, g),) = tapped_vjp(step, tape, states[index], lambda _, sent=sent: sent)
+            found[path] = g
+        _, whole = tapped_vjp(lambda ids: [module(ids)], tape, [tokens], lambda _: [mx.ones((1, 4, 8))])
+    for path, _, _, g in whole:
+        np.testing.assert_allclose(np.array(found[path]), np.array(g), atol=1e-5, err_msg=path)
+
+
+@pytest.mark.parametrize(
+    "kind, reads, splits",
+    [
+        (Plain, "x", True),
+        (Plain, "first", False),
+        (Plain, "embedded", False),
+        (Row, "x", True),
+        (Row, "first", False),
+        (Row, "embedded", False),
+        (Row, "other", False),
+    ],
+)
+def test_a_head_that_reads_more_than_the_last_hidden_state_is_not_cut_off(kind, reads, splits):
+    def head(x, first, embedded, other=None):
+        return x + {"x": 0, "first": first, "embedded": embedded, "other": other}[reads]
+
+    gives = (lambda y: y) if kind is Plain else (lambda y: (y, 2 * y))
+    assert bool(Blocks(kind((Block(gives) for _ in range(3)), head))) == splits
+
+
+def test_the_head_is_not_read_to_learn_what_hangs_on_what():
+    head = nn.Linear(8, 1 << 18)  # 8 MB, not drawn yet
+    module = Row((Block(lambda y: (y, 2 * y)) for _ in range(3)), lambda x, *_: head(x))
+    module.head = head
+    before = mx.get_active_memory()
+    assert Blocks(module)
+    assert mx.get_active_memory() - before < 1 << 20
