@@ -135,7 +135,7 @@ class Collector:
         here = self.paths & set(self.backward.layer_paths(index))
         module = self.backward.source.module
         layers = {path: layer for path, layer in module.named_modules() if path in here}
-        return tapped(layers, tape, lookups=not self.backward.blocks)  # (else with the first block's gradients)
+        return tapped(layers, tape, lookups=not self.backward.blocks)  # (by blocks `_entrance` sees them)
 
     def add(
         self, moments: dict[str, Moments | ExpertMoments], noted: list, batch: TokenBatch, real: mx.array | None
@@ -167,7 +167,7 @@ class Stages:
         moments, cotangents = self._head(c.backward.blocks, states)
         del states
         c.backward.prepare(count)  # (embedding and head are large, and done)
-        held_back = moments  # a tied embedding also gets what reaches it from below
+        held_back = moments  # until what lies before the blocks is known, too
         for index in range(count - 1, c.first - 1, -1):
             c.backward.prepare(index)
             moments, cotangents = self._block(index, cotangents)
