@@ -66,7 +66,7 @@ ARROWS = {
     "benchmarking": "evaluation generation data sources",
     "adapters": "evaluation data sources peft_format checkpoints",
     "merging": "evaluation sources",
-    "evaluation": "fusion generation data sources",
+    "evaluation": "fusion generation data sources surgery",
     "fusion": "calibration data sources peft_format assembly checkpoints",
     "training": "optimization starts data sources",
     "calibration": "data assembly rounding surgery",

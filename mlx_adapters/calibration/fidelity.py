@@ -19,6 +19,7 @@ from mlx_adapters.events import OnEvent, Progress, log_warnings
 from mlx_adapters.models.base import Base
 from mlx_adapters.storage.tensor_files import as_numpy
 from mlx_adapters.surgery.blocks import Call
+from mlx_adapters.surgery.taps import divergence, log_probabilities
 from mlx_adapters.system.door import mx
 from mlx_adapters.system.limits import trim_cache
 
@@ -182,15 +183,14 @@ def measure_fidelity(
 
 
 def _log_probabilities(model: BlockwiseModel, state: list[mx.array], positions: mx.array) -> mx.array:
-    logits = model.blocks.finish(state, positions).astype(mx.float32)
-    result = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-    if not mx.isfinite(result).all().item():
+    result = log_probabilities(model.blocks.finish(state, positions))
+    if mx.isnan(result).any().item():
         raise FormatError("The model computes NaN or Inf on the check's text.", "are its weights whole?")
     return result
 
 
 def _judge(tally: _Tally, reference: mx.array, log: mx.array, targets: mx.array) -> None:
-    kl = (mx.exp(reference) * (reference - log)).sum(axis=-1)
+    kl = divergence(reference, log)
     same = reference.argmax(axis=-1) == log.argmax(axis=-1)
     loss = -mx.take_along_axis(log, targets[:, None], axis=-1)[:, 0]
     for name, values in (("kl", kl), ("same", same), ("loss", loss)):
@@ -206,7 +206,7 @@ def _summary(
         tokens=len(kl),
         kl_mean=float(kl.mean()),
         kl_median=float(np.median(kl)),
-        kl_p99=float(np.quantile(kl, 0.99)),
+        kl_p99=quantile(kl, 0.99),
         same_top=tallies[fused].mean("same"),
         loss_adapter=tallies[reference].mean("loss"),
         loss_fused=tallies[fused].mean("loss"),
@@ -214,6 +214,12 @@ def _summary(
         base_kl=tallies[0].mean("kl") if has_base else None,
         base_same_top=tallies[0].mean("same") if has_base else None,
     )
+
+
+def quantile(values: np.ndarray, share: float) -> float:
+    """NumPy's, between neighbours of which one may be infinite."""
+    upper = np.sort(values)[math.ceil(share * (len(values) - 1))]
+    return float(np.quantile(values, share) if np.isfinite(upper) else upper)
 
 
 def measured(

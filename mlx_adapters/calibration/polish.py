@@ -30,6 +30,7 @@ from mlx_adapters.events import OnEvent, Progress, log_warnings
 from mlx_adapters.rounding.grids import round_to
 from mlx_adapters.rounding.packed import Packed, dequantize
 from mlx_adapters.surgery.blocks import Call
+from mlx_adapters.surgery.taps import divergence, log_probabilities
 from mlx_adapters.system.door import mx
 from mlx_adapters.system.limits import out_of_memory
 from mlx_adapters.system.machine import usable_memory_bytes
@@ -150,19 +151,14 @@ class Student:
         state, calls = blocks.enter(batch.tokens) if self.enters_anew else (lesson.state, lesson.calls)
         for index in range(self.first, len(calls)):
             state = blocks.step(index, state, calls[index])
-        own = _log_probabilities(blocks.finish(state, batch.judged))  # (judged, vocabulary)
-        wanted = _log_probabilities(self.teacher.blocks.finish(lesson.taught, batch.judged))
-        return (mx.exp(wanted) * (wanted - own)).sum()
+        own = log_probabilities(blocks.finish(state, batch.judged))  # (judged, vocabulary)
+        wanted = log_probabilities(self.teacher.blocks.finish(lesson.taught, batch.judged))
+        return divergence(wanted, own).sum()
 
     def judged(self, moves: mx.array) -> float:
         """Mean KL over the judged tokens of the rows kept aside."""
         total = sum(self.kl(moves, lesson).item() for lesson in self.aside)
         return total / max(1, sum(lesson.batch.judged.size for lesson in self.aside))
-
-
-def _log_probabilities(logits: mx.array) -> mx.array:
-    logits = logits.astype(mx.float32)
-    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
 
 def polish(

@@ -95,7 +95,7 @@ def _share(value: Mean) -> str:
 def _phrase(value: Mean, up: str, down: str) -> str:
     """A paired difference with its 95 % interval."""
     if value.error is None:
-        return f"{value.value:+.3g} (one row: no interval)"
+        return f"{value.value:+.3g} ({'one row: ' if value.count == 1 else ''}no interval)"
     margin = student(value.count - 1) * value.error
     low, high = value.value - margin, value.value + margin
     if not value.differs:

@@ -151,7 +151,7 @@ def unpaired_ratio(a: Blocks, b: Blocks) -> Ratio | None:
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean with its standard error (None for a single value) and the number of values."""
+    """A mean with its standard error (None for a single value, and where it is infinite) and the number of values."""
 
     value: float
     error: float | None
@@ -199,7 +199,7 @@ def weighted_mean(sums: Sequence[float], weights: Sequence[float]) -> Mean:
     The error is the ratio estimator's: the spread of sum - value · weight over the mean weight.
     """
     value = sum(sums) / sum(weights)
-    if len(sums) < 2:
+    if len(sums) < 2 or not math.isfinite(value):
         return Mean(float(value), None, len(sums))
     residuals = [s - value * w for s, w in zip(sums, weights, strict=True)]
     spread = math.sqrt(math.fsum(r * r for r in residuals) / (len(sums) - 1))

@@ -24,6 +24,7 @@ from mlx_adapters.models.loading import load_model
 from mlx_adapters.models.model import Model, names_of, no_numbers
 from mlx_adapters.sources.bases import recorded_base, resolve_base
 from mlx_adapters.storage.tensor_files import as_numpy
+from mlx_adapters.surgery import taps
 from mlx_adapters.system.door import mx
 from mlx_adapters.system.machine import memory_bytes
 
@@ -89,12 +90,12 @@ class Batches:
 
 
 def log_probabilities(model: Model, batch: Batch) -> mx.array:
-    """(judged tokens, vocabulary) float32. Raises ModelError for NaN or Inf and for tokens it has not."""
+    """(judged tokens, vocabulary) float32. Raises ModelError for logits of NaN or Inf and for tokens it has not."""
     model.base.check_tokens(batch.targets, "A judged row")
     logits = model.logits(mx.array(batch.tokens[:, :-1]))
-    judged = logits.reshape(-1, logits.shape[-1])[mx.array(batch.positions[: batch.trained_tokens])].astype(mx.float32)
-    result = judged - mx.logsumexp(judged, axis=-1, keepdims=True)
-    if not mx.isfinite(result).all().item():
+    judged = logits.reshape(-1, logits.shape[-1])[mx.array(batch.positions[: batch.trained_tokens])]
+    result = taps.log_probabilities(judged)
+    if mx.isnan(result).any().item():
         raise no_numbers(*names_of(model))
     return result
 
@@ -110,7 +111,7 @@ def judge(model: Model, batches: Batches, on_event: OnEvent = log_warnings) -> T
         loss = -mx.take_along_axis(logs, targets[:, None], axis=-1)[:, 0]
         per_token = {"tokens": mx.ones(len(targets)), "loss": loss}
         if expected is not None:
-            per_token["kl"] = mx.maximum((mx.exp(expected) * (expected - logs)).sum(axis=-1), 0)
+            per_token["kl"] = mx.maximum(taps.divergence(expected, logs), 0)
             per_token["same_top"] = expected.argmax(axis=-1) == logs.argmax(axis=-1)
         rows = np.array(group)[batch.positions[: len(targets)] // (batch.tokens.shape[1] - 1)]
         for name, values in per_token.items():

@@ -12,6 +12,7 @@ from mlx_adapters.display.layout import COLORS, Chart
 from mlx_adapters.display.notebook import html_block, html_facts, html_table
 from mlx_adapters.display.tables import Table, flat
 from mlx_adapters.errors import AdapterError
+from mlx_adapters.models.metadata import is_number
 from mlx_adapters.storage.tensor_files import stored_tensors
 from mlx_adapters.storage.tensor_names import BIASES, SCALES, split
 from mlx_adapters.units import count, duration, number, size
@@ -92,13 +93,14 @@ class FuseResult(Table):
 
 
 def report(result: FuseResult) -> dict[str, Any]:
-    """What fuse_report.json says."""
+    """What fuse_report.json says; JSON has no number for what is infinite."""
     plain = asdict(result) | {"folder": str(result.folder), "update_survival": result.update_survival}
     if result.fidelity:
         plain["fidelity"] |= {
             "perplexity_adapter": result.fidelity.perplexity_adapter,
             "perplexity_fused": result.fidelity.perplexity_fused,
         }
+        plain["fidelity"] = {key: value if is_number(value) else None for key, value in plain["fidelity"].items()}
     return plain
 
 

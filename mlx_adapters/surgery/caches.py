@@ -12,6 +12,7 @@ from typing import Any
 from mlx_adapters.surgery.calls import intercept, parts
 from mlx_adapters.surgery.cuda import hand_over
 from mlx_adapters.surgery.padded import PaddedCache
+from mlx_adapters.surgery.taps import divergence, log_probabilities
 from mlx_adapters.system.door import KVCache, make_prompt_cache, mx, nn
 
 Make = Callable[[], list[Any]]  # gives empty caches
@@ -74,8 +75,7 @@ def same_function(logits: mx.array, expected: mx.array) -> bool:
         seen = mx.isfinite(expected)  # tokens that a model never says
         logits, expected = mx.where(seen, logits, 0.0), mx.where(seen, expected, 0.0)
         return bool((mx.abs(logits - expected).max() <= 1e-2 * mx.maximum(mx.abs(expected).max(), 1.0)).item())
-    p, q = (x.astype(mx.float32) - mx.logsumexp(x.astype(mx.float32), -1, keepdims=True) for x in (expected, logits))
-    lost = mx.where(mx.isinf(p), 0.0, mx.exp(p) * (p - q)).sum(axis=-1)
+    lost = divergence(log_probabilities(expected), log_probabilities(logits))
     return bool((mx.sort(lost.flatten())[lost.size // 2] < 0.1).item())
 
 

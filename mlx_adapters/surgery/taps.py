@@ -1,4 +1,4 @@
-"""Taps in a model: what each layer is given, and the gradient at what it gives."""
+"""Taps in a model: what each layer is given, and the gradient at what it gives; and how far predictions are apart."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -81,6 +81,20 @@ def tapped_vjp(
 
 def _floating(array: mx.array) -> bool:
     return mx.issubdtype(array.dtype, mx.floating)
+
+
+def log_probabilities(logits: mx.array) -> mx.array:
+    """float32 (…, vocabulary) of logits. -Inf is a token that is never said; NaN is somewhere in each row whose logits
+    are NaN, Inf or nothing but -Inf."""
+    logits = logits.astype(mx.float32)
+    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+
+
+def divergence(p: mx.array, q: mx.array) -> mx.array:
+    """KL(p ‖ q) in nats (…) of log-probabilities (…, vocabulary). What p never says costs nothing; what q never says
+    and p does, infinitely much."""
+    share = mx.exp(p)
+    return mx.where(share == 0, 0.0, share * (p - q)).sum(axis=-1)
 
 
 def fisher_probe(logits: mx.array, key: mx.array) -> mx.array:
