@@ -207,7 +207,6 @@ class _Layer:
             return
         moments, weight = self.seen, self.weight
         _refuse_not_finite(moments)
-        assert moments.plain is not None and moments.fisher is not None
         tokens = max(int(moments.tokens), 1)
         hessian = _for(engine, doubted(mix(moments.plain, moments.fisher), tokens))
         outputs = _for(engine, moments.outputs)
@@ -262,8 +261,14 @@ def _mean_diagonal(fisher: mx.array) -> mx.array:
 
 
 def _refuse_not_finite(moments: Moments) -> None:
-    sums = [matrix.sum() for matrix in (moments.plain, moments.fisher) if matrix is not None]
-    if not mx.isfinite(mx.stack(sums)).all():
+    assert moments.plain is not None and moments.fisher is not None
+    plain, fisher = mx.isfinite(mx.stack([moments.plain.sum(), moments.fisher.sum()])).tolist()
+    if plain and not fisher:
+        raise FormatError(
+            "The adapter model's gradient is NaN or Inf on the calibration text.",
+            "--method nearest needs none; is the adapter's update far too large?",
+        )
+    if not plain:
         raise FormatError(
             "The adapter model computes NaN or Inf on the calibration text.",
             "is the base whole, and the adapter's update not far too large?",

@@ -23,7 +23,7 @@ from typing import Any
 from jinja2 import Template
 
 from mlx_adapters.errors import ModelError
-from mlx_adapters.system.gpu_kernels import cumsum
+from mlx_adapters.system.gpu_kernels import bounded_sqrt, cumsum
 from mlx_adapters.system.limits import raise_open_files
 from mlx_adapters.system.templates import Bounded
 
@@ -62,7 +62,7 @@ try:
         from mlx_lm.convert import mixed_quant_predicate_builder
         from mlx_lm.generate import TextStateMachine, generate_step, make_text_state_machine
         from mlx_lm.models import base as attention
-        from mlx_lm.models import gated_delta, ssm
+        from mlx_lm.models import gated_delta, recurrent_gemma, ssm
         from mlx_lm.models.cache import BatchKVCache, KVCache, make_prompt_cache
         from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU, SwitchLinear, SwitchMLP
         from mlx_lm.tokenizer_utils import TokenizerWrapper, _infer_tool_parser
@@ -121,8 +121,8 @@ def _noted_load(file: Any, *arguments: Any, **options: Any) -> Any:
 _check()
 raise_open_files()
 mx.cumsum, mx.load = cumsum, _noted_load
+recurrent_gemma.mx = SimpleNamespace(**vars(mx) | {"sqrt": bounded_sqrt})  # of 1 - a², which may be 0
 chat_template_utils.ImmutableSandboxedEnvironment = Bounded  # the sandbox of chat templates, with limits
-
 
 _trusting: ContextVar[bool] = ContextVar("trusting_remote_code", default=False)
 TRUST_IT = "read that code, and pass --trust-remote-code to run it (in Python: 'with ma.trusting_remote_code():')."
