@@ -64,6 +64,10 @@ class Sampling:
 
     def __post_init__(self) -> None:
         check(self)
+        require(
+            self.min_tokens <= self.max_tokens,
+            f"'min_tokens' is {self.min_tokens}, and {self.max_tokens} may be written.",
+        )
         bad = [entry for entry in self.logit_bias.items() if not _is_bias(*entry)]
         require(not bad, f"logit_bias maps token ids to numbers, not '{str(bad[0][0])[:40] if bad else ''}'.")
         require(len(set(map(int, self.logit_bias))) == len(self.logit_bias), "logit_bias names a token twice.")
@@ -78,7 +82,9 @@ class Sampling:
             options: names and values.
         """
         stop = options.get("stop")
-        given = from_mapping(Sampling, {**options, "stop": [stop]} if isinstance(stop, str) else options, "sampling")
+        lengths = {"max_tokens": self.max_tokens, "min_tokens": self.min_tokens}
+        stops = {"stop": [stop]} if isinstance(stop, str) else {}
+        given = from_mapping(Sampling, {**lengths, **options, **stops}, "sampling")
         return replace(self, **{name: getattr(given, name) for name in options})
 
 

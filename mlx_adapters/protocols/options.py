@@ -3,6 +3,7 @@
 Names are OpenAI's, and where it has none those of mlx-lm's and vLLM's servers.
 """
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -78,6 +79,7 @@ def read_sampling(fields: Fields, vocabulary: int, temperature: float = 1.0) -> 
     ends = _token_ids(fields, "stop_token_ids", vocabulary)
     with told_as("sampling"):
         return Sampling(
+            max_tokens=sys.maxsize,  # how many may be written is known with the prompt
             temperature=fields.take("temperature", float, temperature, 0, 100),
             top_p=max(fields.take("top_p", float, 1.0, 0, 1), 1e-9),  # 0 means the likeliest token alone
             top_k=max(fields.take("top_k", int, 0, -1), 0),  # -1, as vLLM's clients say it: all

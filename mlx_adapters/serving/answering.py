@@ -231,16 +231,15 @@ class Answering:
             if not all(token < self.model.vocabulary for token in prompt):
                 raise ApiError(400, "The text has tokens that the model does not know.", param=writer.asks_in)
             limit = self.token_limit(asked, len(prompt), writer)
-            if (least := asked.sampling.min_tokens) > limit:
-                raise ApiError(400, f"'min_tokens' is {least}, and {limit} may be written.", param="min_tokens")
+            with told_as("min_tokens"):
+                how = replace(asked.sampling, max_tokens=limit)
             for number in range(asked.choices):
-                seed = asked.sampling.seed
-                how = replace(asked.sampling, max_tokens=limit, seed=None if seed is None else (seed + number) % 2**63)
+                seed = None if how.seed is None else (how.seed + number) % 2**63
                 jobs.append(
                     Job(
                         model,
                         prompt,
-                        how,
+                        replace(how, seed=seed),
                         asked.logprobs,
                         continues=writer.continues,
                         constraint=await self._constraint(grammar),

@@ -175,6 +175,22 @@ def test_a_bias_that_a_type_cannot_hold_forces_its_token(dtype):
             Sampling(logit_bias=twice)
 
 
+def test_a_shortest_answer_is_not_longer_than_the_longest(model):
+    said = "'min_tokens' is 10, and 5 may be written"
+    for refused in (
+        lambda: Sampling(max_tokens=5, min_tokens=10),
+        lambda: Sampling(min_tokens=10).changed({"max_tokens": 5}),
+        lambda: Sampling(max_tokens=5).changed({"min_tokens": 10}),
+        lambda: model.generate([5, 6], max_tokens=5, min_tokens=10),
+        lambda: model.generate_batch([([5, 6], None)], Sampling(min_tokens=10), max_tokens=5),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            refused()
+    long = Sampling(max_tokens=1000).changed({"min_tokens": 500})
+    assert (long.max_tokens, long.min_tokens) == (1000, 500)
+    assert len(model.generate([5, 6], max_tokens=5, min_tokens=5).token_ids) == 5
+
+
 def test_greedy_rows_need_no_care_of_their_own():
     assert Sampler(Sampling(temperature=1e-9, top_p=0.5)).plain
     assert not Sampler(Sampling(temperature=0.1)).plain
