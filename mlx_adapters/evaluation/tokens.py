@@ -96,7 +96,7 @@ def log_probabilities(model: Model, batch: Batch) -> mx.array:
     judged = logits.reshape(-1, logits.shape[-1])[mx.array(batch.positions[: batch.trained_tokens])]
     result = taps.log_probabilities(judged)
     if mx.isnan(result).any().item():
-        raise no_numbers(*names_of(model))
+        raise no_numbers(model.module, *names_of(model))
     return result
 
 

@@ -261,7 +261,8 @@ def answer_all(
                 if token.request.number not in answers:  # one of several of a step, after the end
                     continue
                 if token.means_nothing:
-                    raise no_numbers(names[0], token.request.adapter.name if token.request.adapter else names[1])
+                    adapter = token.request.adapter
+                    raise no_numbers(module, names[0], adapter.name if adapter else names[1])
                 ended = token.finish_reason is not None
                 if token.finish_reason != "stop":
                     answers[token.request.number].append(token.id)

@@ -164,7 +164,7 @@ def decode(
     with finished, contextlib.closing(steps):  # not every Python ends what an ended generator was reading
         for made, (token, logprobs) in enumerate(steps, start=1):
             if token == 0 and not are_numbers(logprobs).item():  # of no numbers a sampler takes 0
-                raise no_numbers(*names_of(model))
+                raise no_numbers(model.module, *names_of(model))
             piece = text.add(token) if token not in ends else ""
             reason = "stop" if token in ends or text.stopped else None
             if reason is None and made == room:

@@ -141,11 +141,11 @@ def require_numbers(module: nn.Module, base: Base) -> None:
     if np.isfinite(logits.max(axis=-1)).all():  # NaN wins; -Inf is a token that is never said
         return
     bad = first_not_finite(dict(tree_flatten(module.parameters())))
+    wrong = "is rope_theta, a scale or an epsilon in its config.json wrong?"
+    finer = "" if compute_dtype(module) == mx.float32 else " Or try --dtype float32."
     raise ModelError(
         f"'{base.name}' computes NaN or Inf: " + (f"its '{bad}' holds it." if bad else "its weights are numbers."),
-        WHOLE_MODEL
-        if bad
-        else "is rope_theta, a scale or an epsilon in its config.json wrong? Or try --dtype float32.",
+        WHOLE_MODEL if bad else wrong + finer,
     )
 
 

@@ -12,6 +12,7 @@ from mlx_adapters.config.data import TemplateConfig
 from mlx_adapters.errors import ModelError
 from mlx_adapters.models.adapter import Adapter, template_of
 from mlx_adapters.models.base import Base
+from mlx_adapters.models.dense import compute_dtype
 from mlx_adapters.models.layers import attach, check_fits, check_made_for, detach
 from mlx_adapters.surgery.blocks import by_block, find_body
 from mlx_adapters.surgery.groups import Arrays
@@ -215,7 +216,7 @@ class Model:
         hidden = body(self.checked_ids(token_ids)[None])  # (1, tokens, width)
         vector = hidden[0].astype(mx.float32).mean(axis=0)
         if not mx.isfinite(vector).all().item():
-            raise no_numbers(*names_of(self))
+            raise no_numbers(self.module, *names_of(self))
         return vector
 
     def logits(self, token_ids: list[int] | mx.array) -> mx.array:
@@ -237,12 +238,15 @@ def names_of(model: Model) -> tuple[str, str | None]:
     return model.base.name, model.adapter.name if model.adapter else None
 
 
-def no_numbers(base: str, adapter: str | None) -> ModelError:
-    """What to raise where a model's logits are NaN or infinite; both by their names."""
+def no_numbers(module: nn.Module, base: str, adapter: str | None) -> ModelError:
+    """What to raise where the logits of `module` are NaN or infinite; base and adapter by their names."""
+    coarse = compute_dtype(module) != mx.float32
     if adapter is None:
-        return ModelError(f"'{base}' computes NaN or Inf.", "are its weights whole? Or try --dtype float32.")
+        hint = "are its weights whole?" + (" Or try --dtype float32." if coarse else "")
+        return ModelError(f"'{base}' computes NaN or Inf.", hint)
     message = f"'{base}' with '{adapter}' computes NaN or Inf."
-    return ModelError(message, "try --dtype float32, an earlier checkpoint, or a weaker one: 'mlx-adapters scale'.")
+    finer = "--dtype float32, " if coarse else ""
+    return ModelError(message, f"try {finer}an earlier checkpoint, or a weaker one: 'mlx-adapters scale'.")
 
 
 def _require_text(text: str) -> None:

@@ -25,6 +25,7 @@ from mlx_adapters.events import (
     TrainReport,
     ValidationReport,
 )
+from mlx_adapters.models.dense import compute_dtype
 from mlx_adapters.optimization.distributed import LostPeerError
 from mlx_adapters.optimization.feed import Draw, Feed
 from mlx_adapters.optimization.objectives import means, with_sums
@@ -229,11 +230,12 @@ class Loop:
         )
 
     def _against_nan(self, trained: bool) -> str:
+        ways = ["--dtype float32"] if compute_dtype(self.train_step.module) != mx.float32 else []
         if not trained:  # no learning rate can have to do with it
-            return (
-                "nothing is trained yet: try --dtype float32 or a smaller --scale, and look at the base and these rows."
-            )
-        return f"try a lower learning rate, --max-grad-norm 1 or float32. {self.folder.how_to_resume()}"
+            ways.append("a smaller --scale")
+            return f"nothing is trained yet: try {' or '.join(ways)}, and look at the base and these rows."
+        ways += ["--max-grad-norm 1"] if self.config.max_grad_norm is None else []
+        return f"try {' or '.join(['a lower learning rate', *ways])}. {self.folder.how_to_resume()}"
 
     def _report(self) -> None:
         state = self.state

@@ -45,8 +45,9 @@ def wild(tiny_model):
 @pytest.mark.parametrize("drafting", [None, Drafting(prompt_lookup=True)], ids=["alone", "drafting"])
 def test_an_answer_of_no_numbers_is_refused(wild, drafting, way):
     model = load_model(wild, "wild", dtype="float16", drafting=drafting)
-    with pytest.raises(ModelError, match=REFUSED):
+    with pytest.raises(ModelError, match=REFUSED) as refused:
         model.generate(PROMPT, WAYS[way])
+    assert "try --dtype float32, an earlier checkpoint" in refused.value.hint
     with pytest.raises(ModelError, match=REFUSED):
         model.generate_batch([(OTHER, None), (OTHER, "wild")], WAYS[way])
     assert model.pool.get("wild").users == 0  # it may be evicted
@@ -95,8 +96,9 @@ def test_it_is_found_at_any_step(tiny_model, bad, drafting):
         return logits + bad if sum(read) > len(OTHER) + 5 else logits
 
     written = []
-    with call_as(model.module, call), pytest.raises(ModelError, match=r"llama-\w+' computes NaN or Inf"):
+    with call_as(model.module, call), pytest.raises(ModelError, match=r"llama-\w+' computes NaN or Inf") as refused:
         written += [step.token for step in model.stream(OTHER, max_tokens=30, ignore_eos=True)]
+    assert "float32" not in refused.value.hint, "it computes in float32"
     read.clear()
     with call_as(model.module, call), pytest.raises(ModelError, match=r"llama-\w+' computes NaN or Inf"):
         model.generate_batch([(OTHER, None)], max_tokens=30, ignore_eos=True)

@@ -114,9 +114,11 @@ def test_a_model_that_reads_one_token_and_no_text_is_refused(broken):
     "settings", [{"rope_theta": 0.0}, {"rope_theta": -1.0}, {"rms_norm_eps": float("nan")}], ids=str
 )
 def test_a_model_that_computes_no_numbers_is_refused_when_it_is_loaded(broken, settings):
-    with pytest.raises(ModelError, match="computes NaN or Inf: its weights are numbers") as refused:
-        load_model(resolve_base(broken("config.json", **settings)))
-    assert "rope_theta" in refused.value.hint
+    base = resolve_base(broken("config.json", **settings))
+    for dtype in ("float32", "float16"):
+        with pytest.raises(ModelError, match="computes NaN or Inf: its weights are numbers") as refused:
+            load_model(base, dtype=dtype)
+        assert "rope_theta" in refused.value.hint and ("float32" in refused.value.hint) == (dtype == "float16")
 
 
 @pytest.mark.parametrize("architecture", ["qwen3_moe", "mixtral"])

@@ -334,7 +334,8 @@ def test_nan_stops_at_the_last_checkpoint_and_names_the_rows(observe, tmp_path):
 
     with pytest.raises(TrainingError, match=r"iteration \d+; rows in the batch: .*train.jsonl, line") as caught:
         observe(replace(BASE, iterations=40, learning_rate=1e19, optimizer="sgd", save_every=1, eval_every=50))
-    assert "--resume run" in caught.value.hint
+    assert "--resume run" in caught.value.hint and "float32" not in caught.value.hint
+    assert "try a lower learning rate or --max-grad-norm 1." in caught.value.hint
     saved = list(adapter_folder("run").glob("*_adapters.safetensors"))
     assert saved
     for path in saved:
@@ -352,7 +353,10 @@ def test_a_run_that_fails_before_it_saved_anything_leaves_nothing(observe, tmp_p
 def test_nan_before_anything_is_trained_blames_no_learning_rate(observe):
     with pytest.raises(TrainingError, match="The gradient became NaN or infinite at iteration 1") as caught:
         observe(lora=replace(LORA, scale=1e38))
-    assert "nothing is trained yet" in caught.value.hint and "learning rate" not in caught.value.hint
+    assert caught.value.hint == "nothing is trained yet: try a smaller --scale, and look at the base and these rows."
+    with pytest.raises(TrainingError, match="NaN") as caught:
+        observe(replace(BASE, dtype="float16"), lora=replace(LORA, scale=1e38))
+    assert "try --dtype float32 or a smaller --scale" in caught.value.hint
 
 
 def test_truncated_and_dropped_rows_are_told(observe):
