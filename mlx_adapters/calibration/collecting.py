@@ -71,7 +71,7 @@ class Collector:
     """Collects the moments of the layers at `paths`, block by block from the last to the first.
 
     `forward` and `backward` are the same model twice (each goes through its blocks once). `folder` holds
-    the states before every block meanwhile: 4 bytes x tokens x width for each, where blocks share nothing else.
+    the states before every block meanwhile: 4 bytes x tokens x width for each, and what blocks share.
     """
 
     def __init__(
@@ -106,8 +106,7 @@ class Collector:
         states, self._calls = [state for state, _ in entered], [calls for _, calls in entered]
         self._sent = [[] for _ in entered]
         mx.eval([call.given for calls in self._calls for call in calls])
-        size = sum(array.nbytes for state in states for array in state)
-        paths.require_free_space(self._entries.folder, (count - self.first) * size)
+        paths.require_free_space(self._entries.folder, self._states_bytes(states[0]))
         with ThreadPoolExecutor(1) as writer:  # the disk works beside the device
             written: Future[None] | None = None
             for index in range(count):
@@ -129,6 +128,15 @@ class Collector:
                 written.result()
         model.release(count)
         return states
+
+    def _states_bytes(self, state: list[mx.array]) -> int:
+        """What the states before the wanted blocks take, of all batches as of the first: the shapes of what its blocks
+        give to `state` tell, and nothing is computed."""
+        numbers, tokens = 0, [batch.tokens.size for batch in self.batches]
+        for index, call in enumerate(self._calls[0]):
+            numbers += sum(array.size for array in state) if index >= self.first else 0
+            state = self.forward.blocks.step(index, state, call)
+        return 4 * numbers * sum(tokens) // tokens[0]
 
     def tapped(self, index: int, tape: Tape) -> AbstractContextManager[None]:
         """Within the block, `tape` notes the calls of the wanted layers of block `index`."""

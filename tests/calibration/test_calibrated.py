@@ -195,6 +195,22 @@ def test_calibration_asks_for_room_on_the_disk_before_it_works(tiny_model, tmp_p
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gemma4_text"])
+@pytest.mark.parametrize("wanted", ["model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"])
+def test_room_is_asked_for_all_that_goes_from_block_to_block(architecture, wanted, tiny_model, tmp_path, monkeypatch):
+    """Shared keys and values too, before anything is computed: what is then written."""
+    base, asked, put = resolve_base(tiny_model(architecture, bits=4)), [], []
+    batches = make_batches(some_rows(), 30)
+    collector = Collector(BlockwiseModel(base), BlockwiseModel(base), {wanted}, batches, tmp_path)
+    assert len(batches) > 2 and collector.first == int(wanted.split(".")[2])
+    monkeypatch.setattr(paths, "require_free_space", lambda path, needed: asked.append((path, needed, len(put))))
+    monkeypatch.setattr(collector._entries, "put", put.append)
+    collector.run_forward(lambda event: None)
+    sizes = [sum(array.nbytes for state in states for array in state) for states in put]
+    assert asked == [(tmp_path, sum(sizes), 0)]
+    assert (len(set(sizes)) > 1) == (architecture == "gemma4_text")
+
+
 @pytest.mark.parametrize("mixed", [False, True])
 def test_a_disk_too_small_is_known_before_calibration(tiny_model, tmp_path, home, data, monkeypatch, mixed):
     """Room is asked for what the model takes and for the rounded layers that calibration keeps beside it."""
