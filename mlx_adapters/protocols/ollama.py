@@ -233,16 +233,18 @@ class ModelRecords:
     def __init__(self, model: Model, since: float) -> None:
         self._model, self._count = model, parameter_count(model.module)
         self._kind = str(model.config.get("model_type"))
+        self._size = sum(path.stat().st_size for path in model.base.weight_files)
         self._since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(since))
 
-    def listed(self, name: str, base: str, adapter: str | None) -> Body:
-        """A name in the list; `base`: the name that the base is served by; `adapter`: an adapter's fingerprint."""
+    def listed(self, name: str, base: str, adapter: str | None, adapter_bytes: int) -> Body:
+        """A name in the list; `base`: the name that the base is served by; `adapter`: an adapter's fingerprint, and
+        what its tensors take in its file."""
         weights = f"{self._model.base.fingerprint} {adapter}"
         return {
             "name": name,
             "model": name,
             "modified_at": self._since,
-            "size": 0,
+            "size": self._size + adapter_bytes,
             "digest": hashlib.sha256(weights.encode()).hexdigest(),
             "details": self._details(name, base),
         }

@@ -183,7 +183,8 @@ class Server:
 
     def _listed(self, name: str) -> dict[str, Any]:
         served = self.engine.catalog.served.get(name)
-        return self.records.listed(name, self.engine.catalog.base_name, served.fingerprint if served else None)
+        adapter = (served.fingerprint, served.stored_bytes) if served else (None, 0)
+        return self.records.listed(name, self.engine.catalog.base_name, *adapter)
 
     async def ollama_show(self, request: Request) -> Response:
         """What Ollama's clients ask of a model before they chat with it."""

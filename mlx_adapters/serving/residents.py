@@ -34,6 +34,7 @@ class Served:
 
     `fingerprint`: of the adapter that was first read, which is the one that is served: a name may come to mean another.
     `nbytes`: what its weights take, or once it was in memory what it took there; None until it was read.
+    `stored_bytes`: what they take in its file; 0 until then.
     `template`: how it was trained to see conversations. `reading`: while its files are read, and until it is taken in.
     """
 
@@ -42,6 +43,7 @@ class Served:
     attached: Attached | None = None
     nbytes: int | None = None
     fingerprint: str | None = None
+    stored_bytes: int = 0
     template: TemplateConfig = field(default=TemplateConfig())
     reading: Future[Adapter] | None = None
 
@@ -56,6 +58,7 @@ class Served:
                 "remove it from the server and add it anew, or start the server again.",
             )
         self.template = template_of(adapter)
+        self.stored_bytes = sum(weight.nbytes for weight in adapter.weights.values())
         return adapter
 
     @property

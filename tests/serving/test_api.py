@@ -264,6 +264,9 @@ def test_ollamas_paths(server, client):
     assert [m["name"] for m in listed][:2] == ["base", "a"]
     digests = [m["digest"] for m in listed]
     assert len(set(digests)) == len(digests) and all(re.fullmatch("[0-9a-f]{64}", digest) for digest in digests)
+    size = (server[2].base.folder / "model.safetensors").stat().st_size
+    adapter = sum(weight.nbytes for weight in random_adapter(server[2], seed=1).weights.values())
+    assert [m["size"] for m in listed][:2] == [size, size + adapter]
     held = {m["name"]: m["digest"] for m in httpx.get(address + "/api/ps").json()["models"]}
     assert held["base"] == digests[0]
 
