@@ -15,7 +15,7 @@ PATH = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH",
 
 
 # What drives a GPU survives no fork, so that each command is a new interpreter there: parts, for several workers.
-PARTS = 24 if on_gpu() else 2
+PARTS = 48 if on_gpu() else 2
 TRIALS = ("kill=1", "disk=1", "pairs=1", "inputs=5", "inputs:base=50")
 
 

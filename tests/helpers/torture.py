@@ -16,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -50,11 +49,12 @@ class Torture:
         self.tried, self.failed, self.spent = Counter(), Counter(), Counter()
         self.whole = {}  # of each command that writes: what whole runs of it do, for kills and for refusals of the disk
         self.only = [ONLY.fullmatch(word).groups() for word in asked.only or SECTIONS]
+        self.dealt = {}  # number of each name, as they come: a kill and a full disk of one command go to one part
 
     def times(self, section: str, name: str) -> int:
         """How often it is to be tried."""
         part, _, parts = self.asked.share.partition("/")
-        if zlib.crc32(name.encode()) % int(parts) != int(part) - 1:
+        if self.dealt.setdefault(name, len(self.dealt)) % int(parts) != int(part) - 1:
             return 0
         return max(
             (int(c or MOST) for kind, words, c in self.only if kind == section and (words or "") in name), default=0
