@@ -21,6 +21,7 @@ from mlx_adapters.models.loading import lay_experts_out, load_module, set_precis
 from mlx_adapters.models.metadata import FULL, AdapterConfig
 from mlx_adapters.models.quantized_check import miscomputed, replace_miscomputed
 from mlx_adapters.optimization import log_probabilities
+from mlx_adapters.optimization.distributed import World
 from mlx_adapters.optimization.feed import Draw
 from mlx_adapters.optimization.log_probabilities import EQUAL, Arrays, device_batch, plan_loss
 from mlx_adapters.optimization.optimizers import Optimizer
@@ -40,8 +41,22 @@ PROBED_TOKENS, MOST_TOKENS = 16, 64  # of what a model says; of a row that it is
 
 
 @dataclass(frozen=True)
+class Rehearsal(World):
+    """Several processes as far as this one's memory goes: a sum takes as much, and is what this one gave."""
+
+    size: int = 2
+
+    def sum(self, array: mx.array) -> mx.array:
+        """A copy, evaluated beside what it is of."""
+        total = array + 0
+        mx.eval(total)
+        return total
+
+
+@dataclass(frozen=True)
 class Prober:
-    """A run whose steps are measured. `probe`: a few of its tokens; `vocabulary`: the number of logits."""
+    """A run whose steps are measured. `probe`: a few of its tokens; `vocabulary`: the number of logits; `processes`:
+    how many sum their gradients."""
 
     base: Base
     adapter: AdapterConfig
@@ -50,6 +65,7 @@ class Prober:
     vocabulary: int
     rounding: Rounding | None = None
     memory: MemoryPlan = field(default_factory=MemoryPlan)
+    processes: int = 1
 
     def step_bytes(self, draw: Draw, blocks: int) -> tuple[float, float]:
         """(bytes that one step needs above what lies in memory all the time, for `blocks` adapted blocks; how many more
@@ -126,8 +142,9 @@ class Prober:
             {key: layers[key] for key in keys},
             self.training,
             plan,
-            rounding=rounding,
-            memory=self.memory,
+            Rehearsal() if self.processes > 1 else World(),
+            rounding,
+            self.memory,
         )
 
     def _measure(self, draw: Draw, blocks: int, warm_up: int, timed: int) -> tuple[int, float, int]:

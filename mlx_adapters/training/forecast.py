@@ -44,6 +44,23 @@ from mlx_adapters.units import bytes_of, count, size
 
 
 @dataclass(frozen=True)
+class Wanted:
+    """The run that is foreseen. Of several `processes`, which sum their gradients, `training` has the batch of one."""
+
+    base: Base
+    rows: Sequence[Row]
+    lora: LoraConfig
+    training: TrainConfig
+    processes: int = 1
+
+    @property
+    def usable(self) -> int:
+        """Bytes of memory that it may take."""
+        limit = self.training.memory_limit
+        return min(usable_memory_bytes(), bytes_of(limit)) if limit else usable_memory_bytes()
+
+
+@dataclass(frozen=True)
 class Parts:
     """Bytes in memory at the peak of a training step, by what they are for; `ahead_bytes`: of a GPU."""
 
@@ -136,93 +153,79 @@ def estimate(
     tokenizer = load_tokenizer_of(resolved, training.template)
     rows = setup.tokenize_split(read_data(data, read=training), "train", tokenizer, training, on_event)
     setup.require_readable(rows, resolved)
-    return estimate_rows(resolved, rows, lora, settled(training, len(bins_of(rows, training))), timed)
+    return _estimate(Wanted(resolved, rows, lora, settled(training, len(bins_of(rows, training)))), timed)
 
 
-def estimate_rows(
-    base: Base, rows: Sequence[Row], lora: LoraConfig, training: TrainConfig, timed: bool = True
-) -> Estimate:
-    """`estimate` for rows that are already tokenized."""
+def _estimate(wanted: Wanted, timed: bool) -> Estimate:
     steps: list[tuple[Rung, MemoryPlan, Parts, Batch]] = []
-    for step in _ladder(base, rows, lora, training):
+    for step in _ladder(wanted):
         if step[1].positions is None or not any(rung.fits for rung, *_ in steps):
             steps.append(step)
     rung, memory, parts, largest = next((step for step in steps if step[0].fits), steps[-1])
-    usable = _usable(training)
-    advice = () if rung.fits else tuple(_advice(base, rows, lora, training, memory, usable))
-    seconds = _seconds(base, rows, lora, training, memory) if timed and rung.fits else None
-    module, _ = load_module(base)
+    advice = () if rung.fits else tuple(_advice(wanted, memory))
+    seconds = _seconds(wanted, memory) if timed and rung.fits else None
+    module, _ = load_module(wanted.base)
     parameters = sum(int(np.prod(weight_shape(layer))) for _, layer in named_layers(module) if "weight" in layer)
     return Estimate(
         parts,
         parts.peak_bytes,
-        usable,
+        wanted.usable,
         rung.fits,
         advice,
         seconds,
         largest.tokens.shape,
-        trained_parameters(module, lora, setup.adapter_config(module, lora).keys),
+        trained_parameters(module, wanted.lora, setup.adapter_config(module, wanted.lora).keys),
         16 * parameters,
-        training.course.iterations,
+        wanted.training.course.iterations,
         tuple(rung for rung, *_ in steps),
     )
 
 
-def settle_memory(
-    base: Base, rows: Sequence[Row], lora: LoraConfig, training: TrainConfig, told: bool, on_event: OnEvent
-) -> MemoryPlan:
+def settle_memory(wanted: Wanted, told: bool, on_event: OnEvent) -> MemoryPlan:
     """The cheapest way that fits, by the forecast; what it costs is said, and all of the forecast if `told`.
 
     On a CPU nothing is measured for a run that an eighth of the memory will do in any case, unless it is to be told.
     """
-    if not (told or on_gpu()) and _needs_little(base, rows, training):
-        return MemoryPlan(_asked(training)[0])
-    for rung, memory, parts, _ in _ladder(base, rows, lora, training):  # noqa: B007
+    if not (told or on_gpu()) and _needs_little(wanted):
+        return MemoryPlan(_asked(wanted.training)[0])
+    for rung, memory, parts, _ in _ladder(wanted):  # noqa: B007
         if rung.fits:
             break
-    chosen = rung.again != _asked(training)[0] or memory.positions is not None
+    chosen = rung.again != _asked(wanted.training)[0] or memory.positions is not None
     why = ("so that it fits" if rung.fits else "the least there is") + (f" ({rung.cost})" if rung.cost else "")
     if chosen or told:
-        on_event(Note(f"{_predicted(parts, training, told)}{f': {rung}, {why}' if chosen else ''}."))
+        on_event(Note(f"{_predicted(parts, wanted, told)}{f': {rung}, {why}' if chosen else ''}."))
     if not rung.fits:
-        advice = "; ".join(_advice(base, rows, lora, training, memory, _usable(training)))
+        advice = "; ".join(_advice(wanted, memory))
         on_event(Note(f"This will hardly fit. What would help: {advice}.", "warning"))
-    return _near(memory, parts, training)
+    return _near(memory, parts, wanted)
 
 
-def _near(memory: MemoryPlan, parts: Parts, training: TrainConfig) -> MemoryPlan:
-    return replace(memory, near=min(int((1 + AHEAD) * (parts.peak_bytes - parts.ahead_bytes)), _usable(training)))
+def _near(memory: MemoryPlan, parts: Parts, wanted: Wanted) -> MemoryPlan:
+    return replace(memory, near=min(int((1 + AHEAD) * (parts.peak_bytes - parts.ahead_bytes)), wanted.usable))
 
 
-def _predicted(parts: Parts, training: TrainConfig, told: bool) -> str:
+def _predicted(parts: Parts, wanted: Wanted, told: bool) -> str:
     each = ", ".join(f"{name.removesuffix('_bytes')} {size(number)}" for name, number in vars(parts).items() if number)
     share = f" ({each})" if told else ""
-    return f"Predicted peak memory {size(parts.peak_bytes)}{share} of {size(_usable(training))}"
+    return f"Predicted peak memory {size(parts.peak_bytes)}{share} of {size(wanted.usable)}"
 
 
-def memory_of_run(
-    base: Base,
-    rows: Sequence[Row],
-    lora: LoraConfig,
-    training: TrainConfig,
-    recipe: Mapping[str, Any],
-    told: bool,
-    world: World,
-    on_event: OnEvent,
-) -> MemoryPlan:
+def memory_of_run(wanted: Wanted, recipe: Mapping[str, Any], told: bool, world: World, on_event: OnEvent) -> MemoryPlan:
     """How a run keeps to the memory there is: as its `recipe` says, if it goes on and is asked for the same, since the
     order of sums depends on it; else what `settle_memory` chooses, on rank 0 for all: each has its share of a batch."""
-    training = replace(training, batch_size=-(-training.batch_size // world.size))
+    training = replace(wanted.training, batch_size=-(-wanted.training.batch_size // world.size))
+    wanted = replace(wanted, training=training, processes=world.size)
     if "memory" in recipe:
         before = settings_in(recipe)[1]
         if (before.memory, before.memory_limit) == (training.memory, training.memory_limit):
             memory = from_mapping(MemoryPlan, recipe["memory"], "the run's recipe")
             if not (told or on_gpu()):
                 return memory
-            parts = Parts(**world.share(lambda: asdict(forecast(base, rows, lora, training, memory)[0])))
-            on_event(Note(f"{_predicted(parts, training, told)}."))
-            return _near(memory, parts, training)
-    return MemoryPlan(**world.share(lambda: asdict(settle_memory(base, rows, lora, training, told, on_event))))
+            parts = Parts(**world.share(lambda: asdict(forecast(wanted, memory)[0])))
+            on_event(Note(f"{_predicted(parts, wanted, told)}."))
+            return _near(memory, parts, wanted)
+    return MemoryPlan(**world.share(lambda: asdict(settle_memory(wanted, told, on_event))))
 
 
 def _asked(training: TrainConfig) -> tuple[Again, ...]:
@@ -232,51 +235,44 @@ def _asked(training: TrainConfig) -> tuple[Again, ...]:
     return ("blocks",) if training.grad_checkpoint else WAYS
 
 
-def _usable(training: TrainConfig) -> int:
-    limit = training.memory_limit
-    return min(usable_memory_bytes(), bytes_of(limit)) if limit else usable_memory_bytes()
-
-
-def _ladder(
-    base: Base, rows: Sequence[Row], lora: LoraConfig, training: TrainConfig
-) -> Iterator[tuple[Rung, MemoryPlan, Parts, Batch]]:
+def _ladder(wanted: Wanted) -> Iterator[tuple[Rung, MemoryPlan, Parts, Batch]]:
     """The ways that are left open, and then the last of them with fewer and fewer rows at a time; each is measured as
     it is asked for. One that takes more than one before it is passed over."""
+    training = wanted.training
     plans = [(MemoryPlan(again), 0) for again in _asked(training)]
-    each = largest_draw(rows, training, on_gpu()).batches[0].tokens.size // training.batch_size
+    each = largest_draw(wanted.rows, training, on_gpu()).batches[0].tokens.size // training.batch_size
     few = training.batch_size
     while few > 1:
         few = -(-few // 2)
         plans.append((replace(plans[-1][0], positions=few * each), few))
-    room, least = ROOM * _usable(training), float("inf")
+    room, least = ROOM * wanted.usable, float("inf")
     for memory, few in plans:
-        parts, largest = forecast(base, rows, lora, training, memory)
+        parts, largest = forecast(wanted, memory)
         if parts.peak_bytes <= least:
             least = parts.peak_bytes
             rung = Rung(memory.again, few, least, SLOWER[memory.again], least <= room)
             yield rung, memory, parts, largest
 
 
-def _needs_little(base: Base, rows: Sequence[Row], training: TrainConfig) -> bool:
+def _needs_little(wanted: Wanted) -> bool:
     """Whether a bound that is never reached, from shapes alone, is an eighth of the memory there is."""
-    module, config = load_module(base)
-    tokens, blocks = largest_draw(rows, training, on_gpu()).batches[0].tokens, len(module.layers)
+    module, config = load_module(wanted.base)
+    tokens, blocks = largest_draw(wanted.rows, wanted.training, on_gpu()).batches[0].tokens, len(module.layers)
     shapes = [weight_shape(layer)[-2:] for _, layer in named_layers(module) if "weight" in layer]
     wide = sum(shape[-1] + 2 * shape[0] for shape in shapes if len(shape) > 1)
     scores = blocks * int(config.get("num_attention_heads", 128)) * tokens.shape[1]
-    most = weight_bytes(module, training.dtype) + 4 * tokens.size * 4 * (wide + scores)
-    return most <= _usable(training) / 8
+    most = weight_bytes(module, wanted.training.dtype) + 4 * tokens.size * 4 * (wide + scores)
+    return most <= wanted.usable / 8
 
 
-def forecast(
-    base: Base, rows: Sequence[Row], lora: LoraConfig, training: TrainConfig, memory: MemoryPlan | None = None
-) -> tuple[Parts, Batch]:
+def forecast(wanted: Wanted, memory: MemoryPlan | None = None) -> tuple[Parts, Batch]:
     """Predict the peak, part by part, and give the largest batch."""
+    training = wanted.training
     memory = memory or MemoryPlan(_asked(training)[0])
-    prober = _prober(base, rows, lora, training, memory)
-    draw = largest_draw(rows, training, on_gpu(), memory.positions)
+    prober = _prober(wanted, memory)
+    draw = largest_draw(wanted.rows, training, on_gpu(), memory.positions)
     largest = max(draw.batches, key=lambda batch: batch.tokens.size)
-    module, _ = load_module(base)
+    module, _ = load_module(wanted.base)
     reached = len(module.layers) - first_block(prober.adapter, len(module.layers))
     adapter, optimizer = adapter_bytes(module, prober.adapter, training)
     weights = weight_bytes(module, training.dtype, prober.adapter)
@@ -285,24 +281,27 @@ def forecast(
         step, over = map(int, prober.step_bytes(draw, max(reached, 1)))
     logits = min(logits_bytes(largest, prober.vocabulary, training), max(step - adapter, 0))
     needed = Parts(weights, adapter, optimizer, adapter, max(step - adapter - logits, 0), logits)
-    room = int(ROOM * _usable(training)) - needed.peak_bytes
+    room = int(ROOM * wanted.usable) - needed.peak_bytes
     ahead = max(over, min(int(AHEAD * needed.peak_bytes), room)) if on_gpu() else 0
     return replace(needed, ahead_bytes=ahead), largest
 
 
-def _prober(base: Base, rows: Sequence[Row], lora: LoraConfig, training: TrainConfig, memory: MemoryPlan) -> Prober:
+def _prober(wanted: Wanted, memory: MemoryPlan) -> Prober:
+    lora, training, probe = wanted.lora, wanted.training, probe_of(wanted.rows)
     setup.require_together(lora, training)
-    module, config = load_module(base)
+    module, config = load_module(wanted.base)
     adapter, asked = setup.adapter_config(module, lora), training.fuse_aware
     setup.require_loadable(module, adapter)
-    rounding = None if asked is None else plan_rounding(module, adapter.keys, asked)
-    return Prober(base, adapter, training, probe_of(rows), int(config.get("vocab_size", 1 << 16)), rounding, memory)
+    rounding, vocabulary = None, int(config.get("vocab_size", 1 << 16))
+    if asked is not None:
+        rounding = plan_rounding(module, adapter.keys, asked)
+    return Prober(wanted.base, adapter, training, probe, vocabulary, rounding, memory, wanted.processes)
 
 
-def _seconds(base: Base, rows: Sequence[Row], lora: LoraConfig, training: TrainConfig, memory: MemoryPlan) -> float:
-    blocks = len(load_module(base)[0].layers)
-    prober = _prober(base, rows, lora, training, memory)
-    feed = replace(make_feed(rows, training, gpu=on_gpu()), most=memory.positions)
+def _seconds(wanted: Wanted, memory: MemoryPlan) -> float:
+    blocks, training = len(load_module(wanted.base)[0].layers), wanted.training
+    prober = _prober(wanted, memory)
+    feed = replace(make_feed(wanted.rows, training, gpu=on_gpu()), most=memory.positions)
     order = np.argsort(feed.lengths)
     middle = max(len(order) // 2 - training.batch_size // 2, 0)
     typical = feed.draw([order[middle : middle + training.batch_size]] * training.grad_accumulation)
@@ -311,11 +310,10 @@ def _seconds(base: Base, rows: Sequence[Row], lora: LoraConfig, training: TrainC
     return seconds * feed.tokens_per_update / max(sum(batch.real_tokens for batch in typical.batches), 1)
 
 
-def _advice(
-    base: Base, rows: Sequence[Row], lora: LoraConfig, training: TrainConfig, memory: MemoryPlan, usable: int
-) -> list[str]:
-    longest = max(row.length for row in rows)
-    blocks = len(load_module(base)[0].layers)
+def _advice(wanted: Wanted, memory: MemoryPlan) -> list[str]:
+    lora, training = wanted.lora, wanted.training
+    longest = max(row.length for row in wanted.rows)
+    blocks = len(load_module(wanted.base)[0].layers)
     changes: list[tuple[str, LoraConfig, TrainConfig]] = []
     if memory.again != "blocks":
         changes.append(("--memory auto", lora, replace(training, memory="auto")))
@@ -329,12 +327,12 @@ def _advice(
         option = text.split()[0]
         if option in advice:  # a longer length fits already
             continue
-        left = [row for row in (_cut(row, training_.max_seq_length) for row in rows) if row.can_be_trained]
+        left = [row for row in (_cut(row, training_.max_seq_length) for row in wanted.rows) if row.can_be_trained]
         if not left:
             continue
         way = memory if training_.memory == training.memory else replace(memory, again="blocks")
-        peak = forecast(base, left, lora_, training_, way)[0].peak_bytes
-        if peak <= ROOM * usable:
+        peak = forecast(replace(wanted, rows=left, lora=lora_, training=training_), way)[0].peak_bytes
+        if peak <= ROOM * wanted.usable:
             advice[option] = f"{text}: {peak / 1e9:.2f} GB"
     return list(advice.values()) or ["a base model of fewer parameters or bits"]
 

@@ -27,7 +27,7 @@ from mlx_adapters.system.interrupt import Interrupt
 from mlx_adapters.training import reference_model, setup
 from mlx_adapters.training import state as states
 from mlx_adapters.training.folder import RunFolder, arithmetic, place_of
-from mlx_adapters.training.forecast import memory_of_run
+from mlx_adapters.training.forecast import Wanted, memory_of_run
 from mlx_adapters.training.loop import Loop
 from mlx_adapters.training.recipe import (
     Asked,
@@ -328,7 +328,7 @@ def _prepare(request: Request, folder: RunFolder, checkpoint: Checkpoint | None)
     setup.require_validation(held_out, training, request.on_event)
     setup.require_readable((*rows, *held_out), request.base)
     told, say = request.watched.forecast, request.on_event
-    memory = memory_of_run(request.base, rows, lora, training, folder.recipe, told, request.world, say)
+    memory = memory_of_run(Wanted(request.base, rows, lora, training), folder.recipe, told, request.world, say)
     model = load_model(request.base, dtype=training.dtype, gradients=True)
     feeds = setup.make_feeds(rows, held_out, training, request.world)
     kept = folder.path if folder.begun else None

@@ -87,12 +87,13 @@ def one(number: int, measure: bool, work: Path) -> int | tuple[int, int]:
     base = resolve_base(base_folder(name, work))
     config = TrainConfig(batch_size=shape["batch_size"], **training)
     rows = rows_of(shape["batch_size"], shape["length"], base.config["vocab_size"])
+    wanted = forecast.Wanted(base, rows, LoraConfig(**lora), config)
     if not measure:
-        return forecast.forecast(base, rows, LoraConfig(**lora), config)[0].peak_bytes
+        return forecast.forecast(wanted)[0].peak_bytes
     memory = None
     if name in SHAPES:  # as a run does it: a GPU works ahead up to what is foretold, and no further
-        parts = forecast.forecast(base, rows, LoraConfig(**lora), config)[0]
-        memory = forecast._near(MemoryPlan(forecast._asked(config)[0]), parts, config)
+        parts = forecast.forecast(wanted)[0]
+        memory = forecast._near(MemoryPlan(forecast._asked(config)[0]), parts, wanted)
     gc.collect()
     mx.clear_cache()
     model = load_model(resolve_base(base))

@@ -125,6 +125,32 @@ def test_a_lost_process_ends_the_run_with_a_whole_checkpoint_that_resumes(runs):
     assert all(np.array_equal(a[n], b[n]) for n in a)
 
 
+def test_a_sum_takes_as_much_memory_as_its_rehearsal(tmp_path):
+    """Beside the arrays their copy in one message, and the sum, which stays."""
+    script = tmp_path / "sums.py"
+    script.write_text(
+        "from mlx_adapters.optimization.distributed import start\n"
+        "from mlx_adapters.optimization.probe import Rehearsal\n"
+        "from mlx_adapters.system.door import mx\n"
+        "for world in (Rehearsal(), start()):\n"
+        "    arrays = {str(i): mx.full((256, 1024), float(i)) for i in range(4)}\n"
+        "    mx.eval(arrays)\n"
+        "    mx.reset_peak_memory()\n"
+        "    before = mx.get_active_memory()\n"
+        "    sums = world.sum_all(arrays)\n"
+        "    mx.eval(sums)\n"
+        "    print('bytes', mx.get_peak_memory() - before, mx.get_active_memory() - before)\n"
+        "    del sums\n"
+    )
+    program = str(Path(sys.executable).parent / "mlx.launch")
+    command = [program, "-n", "2", "--backend", "ring", "-p", str(own_port()), "--", sys.executable, str(script)]
+    environment = os.environ | {"PYTHONPATH": str(TESTS.parent), "OPENBLAS_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    told = [line.split("bytes ")[1] for line in done.stdout.splitlines() if "bytes " in line]
+    megabytes = [tuple(round(int(number) / 4 / 2**20, 1) for number in line.split()) for line in told]
+    assert sorted(megabytes) == [(2, 1)] * 4, done.stderr
+
+
 def test_what_one_process_refuses_all_refuse(runs):
     assert runs[0]["again"].count("already exists") == 2
 

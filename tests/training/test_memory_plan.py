@@ -185,6 +185,7 @@ def test_of_several_processes_each_is_foreseen_with_its_share_of_a_batch(deep, m
     shapes = []
 
     def step_bytes(prober, draw, blocks):
+        assert prober.processes == 2
         shapes.extend(batch.tokens.shape for batch in draw.batches)
         return 1e9 * shapes[-1][0], 0
 
@@ -192,7 +193,9 @@ def test_of_several_processes_each_is_foreseen_with_its_share_of_a_batch(deep, m
     base, data = resolve_base(deep[0]), read_data(deep[1])
     rows = tokenize_for(data.rows("train"), load_model(base).tokenizer, SHORT).rows
     limited = replace(SHORT, memory_limit="1.5GB")
-    memory = forecast.memory_of_run(base, rows, LORA, limited, {}, True, First(0, 2), lambda event: None)
+    memory = forecast.memory_of_run(
+        forecast.Wanted(base, rows, LORA, limited), {}, True, First(0, 2), lambda event: None
+    )
     second, longest = sorted(row.length for row in rows)[-2:]
     assert [count for count, _ in shapes] == [2, 2, 2, 1, 1]
     assert all(width >= length for (_, width), length in zip(shapes, [longest] * 3 + [second, longest], strict=True))
