@@ -86,7 +86,8 @@ def round_layers(
         for _, moments in Collector(forward, backward, set(targets), batches, spool.folder).run(on_event, seed):
             trying.result()
             while moments:
-                path = max(moments, key=lambda each: shapes[each][-1])  # the largest moments are soon gone
+                # The largest moments are soon gone; workers keep what takes longest for while the next are collected.
+                path = (min if workers.count else max)(moments, key=lambda each: shapes[each][-1])
                 paths = [path] if engine is NUMPY else _alike(path, moments, backward, wanted, targets)
                 layers = [_Layer(each, backward, moments.pop(each), dtype_name(dtype)) for each in paths]
                 ways = _ways(wanted[path], thorough, targets[path])

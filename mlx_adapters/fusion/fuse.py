@@ -38,7 +38,7 @@ from mlx_adapters.sources.lookup import load_adapter, several
 from mlx_adapters.storage import files, paths, replacing
 from mlx_adapters.storage.tensor_names import FUSE_RECIPE_FILE, REPORT_FILE
 from mlx_adapters.system.door import mx
-from mlx_adapters.system.machine import one_thread, versions
+from mlx_adapters.system.machine import blas_threads, versions
 from mlx_adapters.units import count
 
 # Options that leave the rounding of layers as it is.
@@ -128,7 +128,7 @@ def fuse(
     folders = files.atomic_folder(out, overwrite, ours)
     with keeping as spool, folders as folder, ThreadPoolExecutor(1) as hashing:  # locked before drafts are swept
         strategy.round(spool)
-        with one_thread():  # updates are products of thin matrices
+        with blas_threads(1):  # updates are products of thin matrices
             written = writer.write(assembly, folder, spool.get, on_event)
         hashes = hashing.submit(recipes.weights_sha256, folder, written.sha256)
         template_notes = _write_template(folder, resolved, [a for a, _ in updates.adapters], options.format)

@@ -36,7 +36,7 @@ from mlx_adapters.rounding.feedback import (
 )
 from mlx_adapters.rounding.grids import Array
 from mlx_adapters.rounding.packed import Packed
-from mlx_adapters.system.machine import child_environment, memory_beside_model_bytes, one_thread, performance_cores
+from mlx_adapters.system.machine import blas_threads, child_environment, memory_beside_model_bytes, performance_cores
 
 MOST_WORKERS = 64
 WORTH_WORKERS = 1e10  # multiplications (in² · out, summed over the layers); below, starting them costs more
@@ -165,7 +165,8 @@ def worker_count(shapes: Iterable[tuple[int, ...]]) -> int:
 class Workers:
     """A context manager around `count` processes; with 0, tasks run in this one, by `engine`.
 
-    Tasks under way take at most `memory` bytes (default: `memory_beside_model_bytes`); one always runs.
+    Tasks under way are two for each, and take at most `memory` bytes (default: `memory_beside_model_bytes`); one always
+    runs. The processes are started with the first task; from then on OpenBLAS has half as many threads in this one.
     """
 
     def __init__(
@@ -176,19 +177,23 @@ class Workers:
         self._processes: list[subprocess.Popen] = []
         self._idle: queue.SimpleQueue[subprocess.Popen] = queue.SimpleQueue()
         self._threads: ThreadPoolExecutor | None = None
+        self._cores = contextlib.ExitStack()
         self._room, self._used, self._flying = threading.Condition(), 0, 0
 
     def __enter__(self) -> "Workers":
-        if self.count:
-            environment = child_environment() | dict.fromkeys(THREADS, "1")
-            for _ in range(self.count):
-                process = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
-                self._processes.append(process)
-                self._idle.put(process)
-            self._threads = ThreadPoolExecutor(self.count)
         return self
 
+    def _start(self) -> ThreadPoolExecutor:
+        environment = child_environment() | dict.fromkeys(THREADS, "1")
+        for _ in range(self.count):
+            process = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+            self._processes.append(process)
+            self._idle.put(process)
+        self._cores.enter_context(blas_threads(max(1, self.count // 2)))
+        return ThreadPoolExecutor(self.count)
+
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._cores.close()
         for process in self._processes:
             if kind is not None:
                 process.kill()
@@ -201,16 +206,17 @@ class Workers:
 
     def submit(self, task: Task) -> "Future[list[Done]]":
         """Run a task; waits until there is room for it."""
-        if self._threads is None:
+        if not self.count:
             done: Future[list[Done]] = Future()
-            with one_thread():
+            with blas_threads(1):
                 done.set_result(task.run(self.engine))
             return done
+        self._threads = self._threads or self._start()
         mx.eval(task.arrays)  # another thread than the one that made them cannot
         need = task.nbytes
         with self._room:
             self._room.wait_for(
-                lambda: not self._flying or (self._used + need <= self.memory and self._flying <= self.count)
+                lambda: not self._flying or (self._used + need <= self.memory and self._flying < 2 * self.count)
             )
             self._used, self._flying = self._used + need, self._flying + 1
         future = self._threads.submit(self._run, task)

@@ -68,6 +68,8 @@ def test_tasks_under_way_stay_within_the_memory():
             most = max(most, pool._used)
         assert all(future.result()[0].loss > 0 for future in futures)
     assert task.nbytes <= most <= 2 * task.nbytes
+    with Workers(2) as pool:  # two for each: the next one is there when one is done
+        assert max((pool.submit(task), pool._flying)[1] for _ in range(8)) == 4
     with Workers(1, memory=1) as pool:  # one always runs
         assert pool.submit(task).result()[0].loss > 0
 

@@ -3,13 +3,16 @@
 import ctypes
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from helpers.fusing import visible_adapter
 
 from mlx_adapters.config.fusing import FuseOptions
+from mlx_adapters.config.quantization import Quantization
 from mlx_adapters.events import Progress
 from mlx_adapters.fusion.fuse import fuse
-from mlx_adapters.system.machine import one_thread
+from mlx_adapters.rounding.workers import Task, Way, Workers
+from mlx_adapters.system.machine import blas_threads
 
 
 @pytest.fixture
@@ -25,8 +28,8 @@ def threads():
     process.openblas_set_num_threads(before)
 
 
-def test_it_takes_one_within_the_block_and_as_many_as_before_behind_it(threads):
-    with pytest.raises(ZeroDivisionError), one_thread():
+def test_it_takes_so_many_within_the_block_and_as_many_as_before_behind_it(threads):
+    with pytest.raises(ZeroDivisionError), blas_threads(1):
         assert threads() == 1
         raise ZeroDivisionError
     assert threads() == 2
@@ -34,7 +37,7 @@ def test_it_takes_one_within_the_block_and_as_many_as_before_behind_it(threads):
 
 def test_another_blas_is_left_alone(monkeypatch):
     monkeypatch.setattr(ctypes, "CDLL", lambda _: object())
-    with one_thread():
+    with blas_threads(1):
         done = True
     assert done
 
@@ -49,3 +52,12 @@ def test_a_fuse_writes_layers_with_one(threads, tiny_model, tmp_path):
 
     fuse(folder, adapter, tmp_path / "out", options=FuseOptions(method="nearest", check=False), on_event=on_event)
     assert set(seen) == {1} and threads() == 2
+
+
+def test_from_the_first_task_on_workers_have_half_of_the_cores(threads):
+    task = Task(mx.ones((64, 64)), np.eye(64, dtype=np.float32), (Way(Quantization(4, 64)),), "bfloat16", None)
+    with Workers(2) as workers:
+        assert threads() == 2 and not workers._processes
+        workers.submit(task).result()
+        assert threads() == 1 and len(workers._processes) == 2
+    assert threads() == 2
