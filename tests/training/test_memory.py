@@ -119,9 +119,9 @@ def test_sums_over_processes_are_foreseen(case, tiny_model):
     each = [forecast.forecast(replace(wanted, processes=n))[0] for n in (1, 2)]
     alone, among = (parts.peak_bytes - parts.ahead_bytes for parts in each)
     taken = measured(folder, given, lora, replace(training, batch_size=2 * training.batch_size), Rehearsal())
-    freed_late = each[0].gradients_bytes  # a CPU frees one of the copies sooner or later, as its thread comes to it
-    assert 0.85 * taken - WORKSPACE <= among <= 1.15 * taken + freed_late
-    assert (among > 1.05 * alone) == large
+    slack = each[0].gradients_bytes  # a CPU frees one of the copies sooner or later, as its thread comes to it
+    assert 0.85 * taken - WORKSPACE - slack <= among <= 1.15 * taken + slack
+    assert among > 1.05 * alone if large else among < 1.15 * alone
 
 
 @pytest.mark.parametrize("case", ["large adapter", "full"])
