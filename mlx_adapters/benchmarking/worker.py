@@ -41,6 +41,7 @@ from mlx_adapters.sources.lookup import load_adapter, locate
 from mlx_adapters.storage import files, paths
 from mlx_adapters.system.conditions import bytes_read_from_disk, drop_from_file_cache, process_memory
 from mlx_adapters.system.door import mx, trusting_remote_code
+from mlx_adapters.system.interrupt import end_with_parent
 from mlx_adapters.system.machine import on_gpu
 
 
@@ -210,4 +211,5 @@ def tokenizer_fingerprint(folder: Path) -> str | None:
 
 
 if __name__ == "__main__":
+    end_with_parent()
     main(*sys.argv[1:])

@@ -19,6 +19,7 @@ from mlx_adapters.config.quantization import Quantization
 from mlx_adapters.demo.arithmetic import Outcome
 from mlx_adapters.models.quantized_check import LayerCheck, check_layer
 from mlx_adapters.system.door import SwitchLinear, mx, nn
+from mlx_adapters.system.interrupt import end_with_parent
 from mlx_adapters.system.machine import child_environment
 from mlx_adapters.units import count
 
@@ -93,6 +94,7 @@ def _said(process: subprocess.Popen[str], until: float) -> list[LayerCheck]:
 
 
 if __name__ == "__main__":
+    end_with_parent()
     bits, group_size, mode = sys.argv[1:]
     for check in _tried(Quantization(int(bits), int(group_size), mode)):
         os.write(1, f"{json.dumps(astuple(check))}\n".encode())

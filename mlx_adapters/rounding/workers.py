@@ -36,6 +36,7 @@ from mlx_adapters.rounding.feedback import (
 )
 from mlx_adapters.rounding.grids import Array
 from mlx_adapters.rounding.packed import Packed
+from mlx_adapters.system.interrupt import end_with_parent
 from mlx_adapters.system.machine import blas_threads, child_environment, memory_beside_model_bytes, performance_cores
 
 MOST_WORKERS = 64
@@ -271,4 +272,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    end_with_parent()
     main()

@@ -1,13 +1,16 @@
 """How long work is ended before it is done: by a signal, by what watches it, or by what that raises."""
 
 import contextlib
+import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
 from mlx_adapters.events import Event, OnEvent, wants_to_stop
+from mlx_adapters.system.machine import PARENT
 
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, a shutdown, a closed terminal
 
@@ -49,6 +52,19 @@ def handling(handle: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def end_with_parent() -> None:
+    """From now on this process ends soon after the one that started it, in a `child_environment`, has ended. That one
+    may be killed, and this one work on for minutes."""
+    parent = int(os.environ.pop(PARENT, os.getppid()))
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 class InterruptedWork(Exception):

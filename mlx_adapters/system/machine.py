@@ -18,6 +18,7 @@ from mlx_adapters.storage import paths
 from mlx_adapters.system.blas import INSTALL_OPENBLAS
 
 SLOW_BLAS = "reference BLAS (slow)"
+PARENT = "MLX_ADAPTERS_PARENT"  # in a child's environment: the process that started it
 
 
 def blas_in_use() -> str:
@@ -169,9 +170,9 @@ def _installed() -> dict[str, str]:
 
 
 def child_environment() -> dict[str, str]:
-    """The environment in which a child process finds this package, wherever it lies."""
+    """The environment in which a child process finds this package, wherever it lies, and whose child it is."""
     paths = (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), PARENT: str(os.getpid())}
 
 
 def typed_command() -> str:

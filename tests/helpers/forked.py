@@ -185,12 +185,12 @@ class Command:
         self.files = [tempfile.TemporaryFile() for _ in range(4)]  # noqa: SIM115
         self.files[0].write(b"y\n" * 100)
         self.files[0].seek(0)
-        request = {"arguments": arguments, "cwd": str(cwd), "trap": trap and asdict(trap)}
+        request = {"arguments": arguments, "cwd": str(cwd), "trap": trap and asdict(trap), "gpu": on_gpu()}
         sys.stdout.flush()
         sys.stderr.flush()
         self.began = time.monotonic()
         numbers = [file.fileno() for file in self.files]
-        if on_gpu():
+        if request["gpu"]:
             command = [sys.executable, __file__, json.dumps(request | {"steps": 3})]
             streams = [(os.POSIX_SPAWN_DUP2, number, place) for place, number in enumerate(numbers)]
             # no Popen: one that nobody holds any more is waited for by the next
@@ -233,14 +233,25 @@ class Command:
         """Whether a process of this command lives on after it for so long."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            try:
-                os.killpg(self.pid, 0)
-            except (ProcessLookupError, PermissionError):
+            if not _is_at_work(self.pid):
                 return False
             time.sleep(0.02)
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)
         return True
+
+
+def _is_at_work(group: int) -> bool:
+    """Whether a process of this group is; where Linux tells, one that has ended and waits for nobody is not."""
+    try:
+        os.killpg(group, 0)
+    except (ProcessLookupError, PermissionError):
+        return False
+    told = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it is gone
+            told.append(path.read_text().rpartition(")")[2].split()[:3])  # its state, parent and group
+    return not told or any(int(of) == group and state != "Z" for state, _, of in told)
 
 
 def run(arguments: list[str], cwd: Path, trap: Trap | None = None, seconds: float = SECONDS) -> Result:
@@ -252,7 +263,7 @@ def _child(request: dict) -> int:
         os.setsid()
     os.chdir(request["cwd"])
     os.environ["MLX_ADAPTERS_HOME"] = os.path.join(request["cwd"], "home")
-    if not on_gpu():  # whose driver takes more addresses than there is memory
+    if not request["gpu"]:  # whose driver takes more addresses than there is memory
         resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     from mlx_adapters import cli
