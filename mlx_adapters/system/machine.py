@@ -46,15 +46,15 @@ class _SymbolInfo(ctypes.Structure):
 
 @contextlib.contextmanager
 def blas_threads(count: int) -> Iterator[None]:
-    """Within the block OpenBLAS takes so many threads, MLX's and the one that NumPy brings along.
+    """Within the block OpenBLAS takes at most so many threads, MLX's and the one that NumPy brings along.
 
     One for products of thin or small matrices: its others wait for work by asking for it without end, which takes more
     of the cores than the product itself (576 x 8 x 1536 on two cores: 3.0 ms of CPU time with two threads, 0.4 with
     one). Few where others use the cores, since a product waits for all of its threads, and each of them for a core.
     """
     before = [(take, told()) for told, take in _switches()]
-    for take, _ in before:
-        take(count)
+    for take, taken in before:
+        take(min(count, taken))
     try:
         yield
     finally:

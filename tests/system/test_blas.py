@@ -28,9 +28,10 @@ def threads():
     process.openblas_set_num_threads(before)
 
 
-def test_it_takes_so_many_within_the_block_and_as_many_as_before_behind_it(threads):
-    with pytest.raises(ZeroDivisionError), blas_threads(1):
-        assert threads() == 1
+@pytest.mark.parametrize("count, taken", [(1, 1), (2, 2), (3, 2)])
+def test_it_takes_at_most_so_many_within_the_block_and_as_many_as_before_behind_it(threads, count, taken):
+    with pytest.raises(ZeroDivisionError), blas_threads(count):
+        assert threads() == taken
         raise ZeroDivisionError
     assert threads() == 2
 
