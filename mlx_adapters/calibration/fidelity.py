@@ -19,7 +19,7 @@ from mlx_adapters.events import OnEvent, Progress, log_warnings
 from mlx_adapters.models.base import Base
 from mlx_adapters.storage.tensor_files import as_numpy
 from mlx_adapters.surgery.blocks import Call
-from mlx_adapters.surgery.taps import divergence, log_probabilities
+from mlx_adapters.surgery.taps import divergence, log_probabilities, perplexity
 from mlx_adapters.system.door import mx
 from mlx_adapters.system.limits import trim_cache
 
@@ -49,12 +49,12 @@ class Fidelity:
     @property
     def perplexity_adapter(self) -> float:
         """exp of the mean loss in nats."""
-        return math.exp(min(self.loss_adapter, 700))
+        return perplexity(self.loss_adapter)
 
     @property
     def perplexity_fused(self) -> float:
         """exp of the mean loss in nats."""
-        return math.exp(min(self.loss_fused, 700))
+        return perplexity(self.loss_fused)
 
     @property
     def judged_by(self) -> str:

@@ -63,17 +63,17 @@ class Sampling:
     ignore_eos: bool = setting(False, "Go on where the model ends the answer")
 
     def __post_init__(self) -> None:
-        check(self)
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        require(all(isinstance(word, str) and word for word in stop), "stop must be texts that are not empty.")
+        object.__setattr__(self, "stop", stop)
+        bad = [entry for entry in self.logit_bias.items() if not _is_bias(*entry)]
+        require(not bad, f"logit_bias maps token ids to numbers, not '{str(bad[0][0])[:40] if bad else ''}'.")
+        require(len(set(map(int, self.logit_bias))) == len(self.logit_bias), "logit_bias names a token twice.")
+        check(self, kinds=True)
         require(
             self.min_tokens <= self.max_tokens,
             f"'min_tokens' is {self.min_tokens}, and {self.max_tokens} may be written.",
         )
-        bad = [entry for entry in self.logit_bias.items() if not _is_bias(*entry)]
-        require(not bad, f"logit_bias maps token ids to numbers, not '{str(bad[0][0])[:40] if bad else ''}'.")
-        require(len(set(map(int, self.logit_bias))) == len(self.logit_bias), "logit_bias names a token twice.")
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        require(all(isinstance(word, str) and word for word in stop), "stop must be texts that are not empty.")
-        object.__setattr__(self, "stop", stop)
 
     def changed(self, options: Mapping[str, Any]) -> "Sampling":
         """These settings but for `options`, by name. Raises ConfigError for an unknown name or a wrong value.

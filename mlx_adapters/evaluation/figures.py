@@ -1,6 +1,5 @@
 """What an evaluation found, as data: the figures of each variant and their differences."""
 
-import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -9,6 +8,7 @@ import numpy as np
 
 from mlx_adapters.evaluation.statistics import Mean, mean, weighted_mean
 from mlx_adapters.evaluation.variants import short_names
+from mlx_adapters.surgery.taps import perplexity
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Evaluation:
     @property
     def perplexity(self) -> float | None:
         """e to the loss."""
-        return None if self.loss is None else math.exp(min(self.loss.value, 700))
+        return None if self.loss is None else perplexity(self.loss.value)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, the answers included."""
@@ -120,7 +120,9 @@ class Evaluations:
 
 def _difference(one: Evaluation, other: Evaluation) -> Difference:
     assert one.figures is not None and other.figures is not None
-    loss = weighted_mean(list(one.figures.loss - other.figures.loss), list(other.figures.tokens))
+    with np.errstate(invalid="ignore"):  # of two that are infinite there is no difference
+        apart = one.figures.loss - other.figures.loss
+    loss = weighted_mean(list(apart), list(other.figures.tokens))
     scored = one.row_scores and other.row_scores
     score = mean(list(np.subtract(one.row_scores, other.row_scores)), one.groups) if scored else None
     return Difference(one.variant, other.variant, loss, score)

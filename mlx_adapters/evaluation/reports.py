@@ -1,5 +1,6 @@
 """An evaluation shown: a table with standard errors, and a sentence for each paired difference."""
 
+import math
 from typing import Any
 
 from mlx_adapters.display.notebook import html_block, html_table
@@ -94,6 +95,8 @@ def _share(value: Mean) -> str:
 
 def _phrase(value: Mean, up: str, down: str) -> str:
     """A paired difference with its 95 % interval."""
+    if math.isnan(value.value):
+        return "both infinite"
     if value.error is None:
         return f"{value.value:+.3g} ({'one row: ' if value.count == 1 else ''}no interval)"
     margin = student(value.count - 1) * value.error

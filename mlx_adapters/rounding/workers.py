@@ -7,6 +7,7 @@ layers are rounded one after the other, experts many at a time.
 """
 
 import contextlib
+import os
 import pickle
 import queue
 import signal
@@ -186,10 +187,16 @@ class Workers:
 
     def _start(self) -> ThreadPoolExecutor:
         environment = child_environment() | dict.fromkeys(THREADS, "1")
-        for _ in range(self.count):
-            process = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
-            self._processes.append(process)
-            self._idle.put(process)
+        before = signal.pthread_sigmask(
+            signal.SIG_BLOCK, {signal.SIGINT}
+        )  # as theirs stays: Ctrl-C is this process's to handle
+        try:
+            for _ in range(self.count):
+                process = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+                self._processes.append(process)
+                self._idle.put(process)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self._cores.enter_context(blas_threads(max(1, self.count // 2)))
         return ThreadPoolExecutor(self.count)
 
@@ -254,8 +261,7 @@ def _close(pipe: IO[bytes] | None) -> None:
 
 
 def main() -> None:
-    """Answer tasks on standard input until it ends. Ctrl-C is the parent's to handle."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Answer tasks on standard input until it ends, or nobody reads the answers."""
     mx.set_default_device(mx.cpu)
     pipe_in, pipe_out = sys.stdin.buffer, sys.stdout.buffer
     while True:
@@ -267,8 +273,11 @@ def main() -> None:
             result, problem = task.run(), None
         except Exception:
             result, problem = None, traceback.format_exc()
-        pickle.dump((result, problem), pipe_out, protocol=5)
-        pipe_out.flush()
+        try:
+            pickle.dump((result, problem), pipe_out, protocol=5)
+            pipe_out.flush()
+        except BrokenPipeError:
+            os._exit(1)  # without another try to write
 
 
 if __name__ == "__main__":

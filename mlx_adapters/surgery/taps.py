@@ -1,5 +1,6 @@
 """Taps in a model: what each layer is given, and the gradient at what it gives; and how far predictions are apart."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -95,6 +96,11 @@ def divergence(p: mx.array, q: mx.array) -> mx.array:
     and p does, infinitely much."""
     share = mx.exp(p)
     return mx.where(share == 0, 0.0, share * (p - q)).sum(axis=-1)
+
+
+def perplexity(loss: float) -> float:
+    """e to a mean loss in nats; infinite where no float holds it."""
+    return math.exp(loss) if loss < 709 else math.inf
 
 
 def fisher_probe(logits: mx.array, key: mx.array) -> mx.array:

@@ -18,12 +18,13 @@ from mlx_lm.models import llama
 
 import mlx_adapters as ma
 from mlx_adapters.calibration.fidelity import Fidelity, quantile
+from mlx_adapters.evaluation.figures import Evaluation, TokenFigures, _difference
 from mlx_adapters.evaluation.reports import _phrase
 from mlx_adapters.evaluation.statistics import weighted_mean
 from mlx_adapters.fusion.result import FuseResult, report
 from mlx_adapters.models.loading import load_model
 from mlx_adapters.sources.bases import resolve_base
-from mlx_adapters.surgery.taps import divergence, log_probabilities
+from mlx_adapters.surgery.taps import divergence, log_probabilities, perplexity
 
 INF, NEVER = math.inf, (7, 200, 511)
 
@@ -104,14 +105,26 @@ def test_what_a_fused_model_never_says_and_its_adapter_does_is_infinite_and_is_t
     value = weighted_mean([1.0, INF], [2, 2])
     assert value.value == INF and value.error is None and not value.differs
     lines = _phrase(value, "higher", "lower"), _phrase(weighted_mean([1.0], [2]), "higher", "lower")
+    assert _phrase(weighted_mean([math.nan, 1.0], [2, 2]), "higher", "lower") == "both infinite"
+    assert (perplexity(INF), perplexity(800), perplexity(math.log(3))) == (INF, INF, pytest.approx(3))
     assert lines == ("+inf (no interval)", "+0.5 (one row: no interval)")
+
+
+def test_two_infinite_losses_have_no_difference():
+    one, other = (
+        Evaluation(name, figures=TokenFigures(np.array([3.0, 3.0]), np.array(loss)))
+        for name, loss in (("a", [INF, 2.0]), ("b", [INF, 1.0]))
+    )
+    with np.errstate(all="raise"):
+        apart = _difference(one, other).loss
+    assert math.isnan(apart.value) and apart.error is None and not apart.differs
 
 
 def test_the_report_of_a_fuse_holds_no_number_that_json_has_not(tmp_path):
     fidelity = Fidelity(3, 90, INF, 0.1, INF, 0.9, 0.5, INF, 0.7, 0.2, 0.8)
     made = FuseResult(tmp_path, "nearest", None, 1, 4.0, (), fidelity, None, (), 1.0, ())
     held = json.loads(json.dumps(report(made), allow_nan=False))["fidelity"]
-    assert held["kl_mean"] is held["kl_p99"] is held["loss_fused"] is None
+    assert held["kl_mean"] is held["kl_p99"] is held["loss_fused"] is held["perplexity_fused"] is None
     assert (held["kl_median"], held["rows"], held["base_kl"]) == (0.1, 3, 0.2)
 
 

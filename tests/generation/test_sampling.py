@@ -186,6 +186,9 @@ def test_a_shortest_answer_is_not_longer_than_the_longest(model):
     ):
         with pytest.raises(ConfigError, match=said):
             refused()
+    for name in ("max_tokens", "min_tokens"):
+        with pytest.raises(ConfigError, match=f"'{name}'.* cannot be '3'"):
+            Sampling(**{name: "3"})
     long = Sampling(max_tokens=1000).changed({"min_tokens": 500})
     assert (long.max_tokens, long.min_tokens) == (1000, 500)
     assert len(model.generate([5, 6], max_tokens=5, min_tokens=5).token_ids) == 5

@@ -1,5 +1,7 @@
 """Rounding in processes of their own."""
 
+import pickle
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,6 +16,7 @@ from mlx_adapters.rounding import workers
 from mlx_adapters.rounding.engines import NUMPY, MlxEngine
 from mlx_adapters.rounding.packed import nearest
 from mlx_adapters.rounding.workers import Task, Way, Workers
+from mlx_adapters.system.machine import child_environment
 
 
 def make_task(seed: int, width: int = 128, out: int = 96, outputs: bool = True) -> Task:
@@ -95,6 +98,24 @@ def test_leaving_on_an_error_leaves_no_process():
         processes: list[subprocess.Popen] = pool._processes
         raise KeyboardInterrupt
     assert [process.poll() is not None for process in processes] == [True, True]
+
+
+def test_a_worker_whose_answer_nobody_reads_ends_without_a_word():
+    worker = subprocess.Popen(workers.COMMAND, stdin=-1, stdout=-1, stderr=-1, env=child_environment())
+    worker.stdout.close()
+    pickle.dump(make_task(0), worker.stdin, protocol=5)
+    worker.stdin.close()
+    assert worker.stderr.read() == b"" and worker.wait() == 1
+    worker.stderr.close()
+
+
+def test_ctrl_c_is_the_parent_s_from_a_worker_s_start_on():
+    show = "import signal, sys; sys.stdout.buffer.write(bytes([signal.SIGINT in signal.pthread_sigmask(0, ())]))"
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    with Workers(1, command=[sys.executable, "-c", show]) as pool:
+        pool._start()
+        assert pool._processes[0].stdout.read() == b"\1"
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
 
 
 def test_only_large_work_is_worth_workers(monkeypatch):
