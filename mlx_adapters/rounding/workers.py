@@ -223,13 +223,16 @@ class Workers:
         mx.eval(task.arrays)  # another thread than the one that made them cannot
         need = task.nbytes
         with self._room:
-            self._room.wait_for(
-                lambda: not self._flying or (self._used + need <= self.memory and self._flying < 2 * self.count)
-            )
+            while not self._room.wait_for(lambda: self._has_room(need), timeout=1):
+                pass  # a signal that came just before such a wait is seen when it ends
             self._used, self._flying = self._used + need, self._flying + 1
         future = self._threads.submit(self._run, task)
         future.add_done_callback(lambda _: self._leave(need))
         return future
+
+    def _has_room(self, need: int) -> bool:
+        few = self._flying < 2 * self.count
+        return not self._flying or (few and self._used + need <= self.memory)
 
     def _leave(self, need: int) -> None:
         with self._room:
