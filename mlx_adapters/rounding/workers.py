@@ -187,9 +187,8 @@ class Workers:
 
     def _start(self) -> ThreadPoolExecutor:
         environment = child_environment() | dict.fromkeys(THREADS, "1")
-        before = signal.pthread_sigmask(
-            signal.SIG_BLOCK, {signal.SIGINT}
-        )  # as theirs stays: Ctrl-C is this process's to handle
+        # Theirs stays blocked: Ctrl-C is this process's to handle.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             for _ in range(self.count):
                 process = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
