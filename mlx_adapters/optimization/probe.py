@@ -153,6 +153,7 @@ class Prober:
         train_step = self._train_step(blocks)
         mx.eval(train_step.weights, train_step.optimizer.arrays())
         gc.collect()
+        mx.synchronize()  # a GPU's is given back a moment after the result is there
         mx.clear_cache()
         before, seconds, peaks = mx.get_active_memory(), [], []
 

@@ -3,7 +3,7 @@
 A `Trap` kills the process at its n-th operation on the disk, or lets the system refuse from there on. Operations are
 what Python tells its auditors, and every single write and flush: a write that is trapped puts half of its bytes down.
 What drives a GPU does not survive a fork; there each command gets a new interpreter. Elsewhere also what a benchmark
-starts is a fork, and what computes for seconds and touches no disk is left out or cut short.
+starts is a fork. What computes for seconds and touches no disk is left out or cut short.
 """
 
 import builtins
@@ -147,11 +147,18 @@ def preload() -> None:
         if not module.name.endswith("__main__"):
             importlib.import_module(module.name)
     if not on_gpu():
-        from mlx_adapters.benchmarking import run, trials, worker
-        from mlx_adapters.demo import products
+        from mlx_adapters.benchmarking import run, worker
 
-        products.PRECISIONS, trials.bandwidth.__defaults__ = (), (0.01,)
+        _cut_short()
         run.subprocess = instead_of_processes(lambda *files: in_a_fork(lambda: worker.main(*map(str, files))))
+
+
+def _cut_short() -> None:
+    """What computes for seconds and touches no disk."""
+    from mlx_adapters.benchmarking import trials
+    from mlx_adapters.demo import products
+
+    products.PRECISIONS, trials.bandwidth.__defaults__ = (), (0.01,)
 
 
 def instead_of_processes(measure: Callable[[Path, Path], int | None]) -> SimpleNamespace:
@@ -268,6 +275,8 @@ def _child(request: dict) -> int:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     from mlx_adapters import cli
 
+    if request["gpu"] and request["arguments"][0] == "env":  # only where MLX is imported anyway
+        _cut_short()
     sys.stdin, sys.stdout, sys.stderr = (os.fdopen(n, mode) for n, mode in ((0, "r"), (1, "w"), (2, "w")))
     sys.argv = ["mlx-adapters", *request["arguments"]]
     disk = _Disk(Trap(**request["trap"])) if request["trap"] else None

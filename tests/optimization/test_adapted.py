@@ -193,6 +193,7 @@ def test_layers_that_share_an_input_keep_it_once(kind):
 
     def peak(ours: bool) -> int:
         gc.collect()
+        mx.synchronize()
         mx.clear_cache()
         mx.reset_peak_memory()
         before = mx.get_active_memory()

@@ -29,6 +29,7 @@ def test_it_holds_what_mlx_lm_reads_and_nothing_is_in_memory_twice(architecture,
     mx.eval(expected.parameters())
     with groups.Origins() as origins:
         module = loading.load_module(base)[0]
+    mx.synchronize()
     mx.clear_cache()
     mx.reset_peak_memory()
     before = mx.get_active_memory()

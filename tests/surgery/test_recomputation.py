@@ -60,6 +60,7 @@ def test_a_recurrence_in_chunks_is_the_same(tokens, vector):
 def peak_of(function, *given: mx.array) -> int:
     mx.eval(given)
     gc.collect()
+    mx.synchronize()
     mx.clear_cache()
     mx.reset_peak_memory()
     before = mx.get_active_memory()
@@ -179,9 +180,11 @@ def test_attention_keeps_queries_keys_and_values_alone(on_cpu, architecture, tin
     def kept() -> tuple[int, mx.array]:
         """(bytes between the forward pass and the backward pass, the gradient)."""
         value, gradient = mx.value_and_grad(loss)(x)
+        mx.synchronize()
         before = mx.get_active_memory()
         mx.eval(value)
         gc.collect()
+        mx.synchronize()
         return mx.get_active_memory() - before, gradient
 
     mx.eval(x, module.parameters())
