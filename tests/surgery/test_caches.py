@@ -43,6 +43,16 @@ def test_parts_are_the_modules_that_mlx_names():
         assert {path: id(part) for path, part in parts(module)} == {p: id(m) for p, m in module.named_modules()}
 
 
+def test_nothing_is_the_same_as_a_nan_and_what_is_never_said_is_the_same_only_where_it_is_never_said():
+    logits = mx.random.normal((3, 40), key=mx.random.key(0))
+    some = mx.arange(40) < 2
+    silent, broken = mx.where(some, -mx.inf, logits), mx.where(some, mx.nan, logits)
+    assert same_function(silent + 1e-5, silent)
+    pairs = [(broken, broken), (broken, logits), (logits, broken), (logits, silent), (silent, logits)]
+    for one, other in [*pairs, (mx.where(some, mx.inf, logits), silent), (mx.full((3, 40), mx.nan), logits)]:
+        assert not same_function(one, other)
+
+
 def test_the_same_function_but_for_noise():
     logits = mx.random.normal((1, 5, 100), key=mx.random.key(0))
     other = mx.random.normal((1, 5, 100), key=mx.random.key(1))
