@@ -23,14 +23,13 @@ from mlx_adapters.rows import hub, objects
 from mlx_adapters.rows.files import Located, read_file, suffix_of
 from mlx_adapters.rows.row import DEFAULTS, RawRow, columns_of
 from mlx_adapters.rows.shapes import ORDINARY
-from mlx_adapters.rows.splits import NAMES, files_of
+from mlx_adapters.rows.splits import NAMES, SAVED_BY_DATASETS, files_of, passed_over
 from mlx_adapters.storage import files, paths
 from mlx_adapters.storage.files import sha256
 from mlx_adapters.storage.tensor_names import ROWS_FOLDER
 from mlx_adapters.units import count
 
 SPLITS = tuple(NAMES)
-SAVED_BY_DATASETS = {"dataset_info.json", "dataset_dict.json", "state.json"}
 PYTHON = "Python"  # the source of rows that no file holds
 Item = TypeVar("Item")
 
@@ -151,11 +150,15 @@ def _read_local(path: Path, read: DataConfig) -> dict[str, Split]:
         )
     if not path.is_dir():
         raise FormatError(f"'{path}' is neither a file nor a folder.", "write what a pipe gives into a file.")
-    splits = {}
-    for name, parts in files_of(path).items():
+    splits, found = {}, files_of(path)
+    for name, parts in found.items():
         digests = [sha256(part) for part in parts]
         digest = digests[0] if len(parts) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
         splits[name] = _split(name, [row for part in parts for row in read_file(part)], digest, read)
+    others = passed_over(path, (part for parts in found.values() for part in parts))
+    if splits and others:
+        first = next(iter(splits))
+        splits[first] = replace(splits[first], notes=(f"Not read in '{path}': {_shown(others)}.", *splits[first].notes))
     return splits
 
 
@@ -204,18 +207,23 @@ def _split(name: str, rows: list[Located], digest: str, read: DataConfig) -> Spl
 
 def _nothing_there(folder: Path, judging: bool) -> NotFoundError:
     names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
-    shown = ", ".join(f"'{name}'" for name in names[:5]) + (f" and {len(names) - 5:,} more" if len(names) > 5 else "")
     what = "rows" if judging else "train.jsonl"
     candidates = [name for name in names if suffix_of(Path(name)) and name not in SAVED_BY_DATASETS]
     hint = "it needs train.jsonl, .json, .csv or .parquet; valid.* and test.* are optional."
     if SAVED_BY_DATASETS.intersection(names):
         hint = "'datasets' saved it for itself: load_from_disk(...), then to_parquet('train.parquet')."
+    elif below := [name for name in names if (folder / name).is_dir() and "train" in files_of(folder / name)]:
+        hint = f"give one of its folders: {folder / below[0]}."
     elif candidates:
         file = folder / candidates[0]
         hint = f"give the file itself ({file}), or make the splits: mlx-adapters data split {file} FOLDER."
     return NotFoundError(
-        f"The data folder '{folder}' has no {what}; {f'it holds {shown}' if names else 'it is empty'}.", hint
+        f"The data folder '{folder}' has no {what}; {f'it holds {_shown(names)}' if names else 'it is empty'}.", hint
     )
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(f"'{name}'" for name in names[:5]) + (f" and {len(names) - 5:,} more" if len(names) > 5 else "")
 
 
 def hold_out(data: DataSet, share: float, seed: int) -> DataSet:

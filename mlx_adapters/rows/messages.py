@@ -33,7 +33,7 @@ SPEAKERS = {
     "function": "tool",
     "function_call": "assistant",
 }
-WEIGHTS = ("weight", "train", "training")  # OpenAI's, and what axolotl's rows have
+WEIGHTS = ("weight", "train", "training", "loss")  # OpenAI's, what axolotl's rows have, and ms-swift's
 TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
 THOUGHT_PARTS = ("thinking", "reasoning")
 
@@ -70,14 +70,19 @@ def tools_of(value: Any, where: str, name: str = "tools") -> list[Any] | None:
     value = [value] if isinstance(value, dict) else value
     if not isinstance(value, list):
         raise FormatError(f"{where}: '{name}' must be a list of tools, not {kind(value)}.")
-    tools = [plain(parsed(tool)) for tool in value]
-    for tool in tools:
-        if not isinstance(tool, dict):
-            raise FormatError(f"{where}: a tool in '{name}' must be an object, not {kind(tool)}.")
-        function = tool.get("function", tool)
-        if isinstance(function, dict) and isinstance(function.get("parameters"), str):
-            function["parameters"] = parsed(function["parameters"])
-    return tools or None
+    return [_tool(plain(parsed(tool)), name, where) for tool in value] or None
+
+
+def _tool(tool: Any, name: str, where: str) -> dict[str, Any]:
+    """A tool as a server tells of it: {"type": "function", "function": {...}}; one that is no function as it is."""
+    if not isinstance(tool, dict):
+        raise FormatError(f"{where}: a tool in '{name}' must be an object, not {kind(tool)}.")
+    if "function" not in tool and tool.get("type", "function") == "function":
+        tool = {"type": "function", "function": {key: item for key, item in tool.items() if key != "type"}}
+    function = tool.get("function")
+    if isinstance(function, dict) and isinstance(function.get("parameters"), str):
+        function["parameters"] = parsed(function["parameters"])
+    return tool
 
 
 def _message(value: Any, name: str, where: str) -> tuple[Message, int]:

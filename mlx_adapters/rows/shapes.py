@@ -172,7 +172,7 @@ def _alpaca(values: Values, where: str) -> Canonical | None:
 def _instruction(values: Values, extra: str | None, where: str) -> str:
     prompt = text_of(values["instruction"], "instruction", where)
     more = text_of(values[extra], extra, where) if extra else ""
-    return f"{prompt}\n\n{more}" if more.strip() else prompt
+    return "\n\n".join(part for part in (prompt, more) if part.strip()) or prompt
 
 
 def _question_answer(values: Values, where: str) -> Canonical | None:

@@ -8,7 +8,9 @@ from mlx_adapters.errors import FormatError
 from mlx_adapters.rows.files import SUFFIXES
 
 NAMES = {"train": ("train",), "valid": ("valid", "validation", "val", "dev"), "test": ("test",)}
-SHARD = re.compile(r"-(\d+)-of-(\d+)")
+KNOWN = tuple(word for words in NAMES.values() for word in words)
+SHARD = re.compile(r"-(\d+)-of-(\d+)(?:-[0-9a-f]{16})?")  # the Hub's older parts have a hash behind
+SAVED_BY_DATASETS = {"dataset_info.json", "dataset_dict.json", "state.json"}
 _FILE = re.compile(
     rf"(?P<name>\w+)(?P<shard>{SHARD.pattern})?(?:{'|'.join(re.escape(suffix) for suffix in SUFFIXES)})", re.IGNORECASE
 )
@@ -49,22 +51,42 @@ def files_of(folder: Path) -> dict[str, list[Path]]:
 
     Raises FormatError if two could be meant, or if a part of one is missing.
     """
-    for place in (folder, folder / "data"):
-        groups = _groups(place) if place.is_dir() else {}
-        if groups:
-            chosen = choose(groups, str(place), "keep one, or give the file itself.")
-            return {split: _whole(split, groups[name]) for split, name in chosen.items()}
-    return {}
+    found = {}
+    for place in _places(folder):
+        groups = _groups(place)
+        chosen = choose(groups, str(place), "keep one, or give the file itself.")
+        there = {split: _whole(split, groups[name]) for split, name in chosen.items()}
+        if "train" in there:
+            return there
+        found = found or there
+    return found
+
+
+def passed_over(folder: Path, read: Iterable[Path]) -> list[str]:
+    """What in a folder looks like rows, or is called as a split is, and is not `read`: paths below the folder."""
+    read = set(read)
+    paths = [path for place in _places(folder) for path in sorted(place.iterdir())]
+    return [str(path.relative_to(folder)) for path in paths if path not in read and _may_hold_rows(path)]
+
+
+def _may_hold_rows(path: Path) -> bool:
+    name = path.name.lower()
+    if name.startswith(".") or name in {*SAVED_BY_DATASETS, "dataset_infos.json"}:
+        return False
+    return name.endswith(SUFFIXES) or re.split(r"[^a-z]", name)[0] in KNOWN
+
+
+def _places(folder: Path) -> list[Path]:
+    return [place for place in (folder, folder / "data") if place.is_dir()]
 
 
 def _groups(folder: Path) -> Mapping[str, list[Path]]:
     """Files whose names begin as a split does, by that beginning."""
     groups: dict[str, list[Path]] = {}
-    known = tuple(word for words in NAMES.values() for word in words)
     for path in sorted(folder.iterdir()):
         match = _FILE.fullmatch(path.name)
         name = match["name"] if match else ""
-        if name.lower() in known or name.lower().startswith(tuple(f"{word}_" for word in known)):
+        if name.lower() in KNOWN or name.lower().startswith(tuple(f"{word}_" for word in KNOWN)):
             if not path.is_file():
                 raise FormatError(f"'{path}' is no file.", "a broken link, a pipe or a folder? Take it away.")
             groups.setdefault(name, []).append(path)

@@ -47,6 +47,7 @@ def test_a_prompt_of_messages_is_context_and_its_completion_is_trained():
 def test_alpaca_takes_its_input_and_a_system_prompt():
     raw = row({"instruction": "Add.", "input": "2, 3", "output": "5"})
     assert (raw.format, raw.prompt, raw.completion) == ("completion", "Add.\n\n2, 3", "5")
+    assert row({"instruction": "", "input": "2 + 3?", "output": "5"}).prompt == "2 + 3?"
     told = row({"system": "Be brief.", "instruction": "Add.", "input": "", "output": "5"})
     assert told.format == "chat" and told.messages[0] == {"role": "system", "content": "Be brief."}
     assert told.weights == (0, 1, 1)
@@ -117,20 +118,30 @@ def test_a_null_that_is_meant_is_kept_in_arguments_as_text():
     assert raw["tool_calls"][0]["function"]["arguments"] == {"to": None, "list": [None]}
 
 
-@pytest.mark.parametrize(
-    "tools", [[{"name": "weather"}], '[{"name": "weather"}]', ['{"name": "weather"}'], {"name": "weather"}]
-)
-def test_tools_may_be_text(tools):
-    assert row({"messages": CHAT, "tools": tools}).tools == [{"name": "weather"}]
+NESTED = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+FLAT = {"type": "function", "name": "weather", "parameters": '{"type": "object"}'}  # as in OpenAI's Responses
+BARE = {"name": "weather", "parameters": {"type": "object"}}
+
+
+@pytest.mark.parametrize("tool", [NESTED, FLAT, BARE])
+@pytest.mark.parametrize("form", [lambda t: [t], lambda t: json.dumps([t]), lambda t: [json.dumps(t)], dict])
+def test_tools_are_told_as_a_server_tells_of_them(tool, form):
+    tools = form(tool)
+    assert row({"messages": CHAT, "tools": tools}).tools == [NESTED]
     assert row({"prompt": ASK, "completion": ANSWER, "tools": tools}).format == "chat"
 
 
 def test_weights_are_of_turns_and_do_not_reach_the_template():
     raw = row({"messages": [{**CHAT[0]}, {**CHAT[1], "weight": 0}, CHAT[0], {**CHAT[1], "weight": True}]})
     assert raw.weights == (1, 0, 1, 1) and raw.messages == [*CHAT, *CHAT]
+    assert row({"messages": [CHAT[0], {**CHAT[1], "loss": False}]}).weights == (1, 0)
     other = row({"messages": [CHAT[0], {**CHAT[1], "train": False}, CHAT[0], {**CHAT[1], "training": True}]})
     assert other.weights == (1, 0, 1, 1) and other.messages == [*CHAT, *CHAT]
     assert row({"messages": [CHAT[0], {**CHAT[1], "weight": 1, "training": False}]}).weights == (1, 0)
+
+
+def test_a_tool_that_is_no_function_is_as_it_is():
+    assert row({"messages": CHAT, "tools": [{"type": "web_search"}]}).tools == [{"type": "web_search"}]
 
 
 def test_empty_turns_are_turns():

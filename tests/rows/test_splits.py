@@ -40,6 +40,39 @@ def test_validation_rows_go_by_many_names(tmp_path, name):
     assert sizes(fill(tmp_path, train=3, **{name: 2}, test=1)) == {"train": 3, "valid": 2, "test": 1}
 
 
+UNREAD = ["eval.jsonl", "train_2.jsonl", "valid-part.jsonl", "valid (1).jsonl", "data/valid.csv", "test.jsonl.zst"]
+
+
+@pytest.mark.parametrize("name", UNREAD)
+def test_rows_that_are_not_read_are_told(tmp_path, name):
+    fill(tmp_path, train=3)
+    (tmp_path / "data").mkdir()
+    (tmp_path / name).write_text(ROW)
+    for unsuspected in ("README.md", ".train.jsonl", "dataset_infos.json", "training.log", "data/notes"):
+        (tmp_path / unsuspected).write_text("")
+    assert sizes(tmp_path) == {"train": 3}
+    assert read_data(tmp_path).notes == (f"Not read in '{tmp_path}': '{name}'.",)
+
+
+def test_a_folder_without_rows_to_train_on_does_not_hide_its_data(tmp_path):
+    fill(fill(tmp_path, test=1) / "data", train=3)
+    assert sizes(tmp_path) == {"train": 3} and "'test.jsonl'" in read_data(tmp_path).notes[0]
+    fill(tmp_path / "other" / "main", train=2)
+    with pytest.raises(NotFoundError) as error:
+        read_data(tmp_path / "other")
+    assert error.value.hint == f"give one of its folders: {tmp_path / 'other' / 'main'}."
+
+
+def test_parts_with_a_hash_behind_are_parts(tmp_path):
+    for name in ("train_sft-00000-of-00002-a3ecf92756993583", "train_sft-00001-of-00002-0ea2c3c2cc6eb0ae"):
+        fill(tmp_path / "data", **{name: 2})
+    fill(tmp_path / "data", **{"test_sft-00000-of-00001-f7dfac4afe5b93f4": 1})
+    assert sizes(tmp_path) == {"train": 4, "test": 1} and read_data(tmp_path).notes == ()
+    fill(tmp_path / "data", **{"train_sft-00001-of-00002-0123456789abcdef": 2})
+    with pytest.raises(FormatError, match="parts of two data sets as train"):
+        read_data(tmp_path)
+
+
 def test_two_files_for_one_split_are_refused(tmp_path):
     with pytest.raises(FormatError, match="several splits to validate by: dev, val"):
         read_data(fill(tmp_path, train=1, val=1, dev=1))
