@@ -51,7 +51,7 @@ def files_of(folder: Path) -> dict[str, list[Path]]:
 
     Raises FormatError if two could be meant, or if a part of one is missing.
     """
-    found = {}
+    found: dict[str, list[Path]] = {}
     for place in _places(folder):
         groups = _groups(place)
         chosen = choose(groups, str(place), "keep one, or give the file itself.")

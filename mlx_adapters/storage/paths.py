@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import glob
 import os
 import shutil
 import sys
@@ -30,11 +31,18 @@ def is_path(text: str) -> bool:
 def expanded(path: str | Path) -> Path:
     """The absolute path that a user's `path` means. Raises NotFoundError where there can be no such path."""
     try:
-        whole = Path(path).expanduser().absolute()
+        whole = Path(path)
+        whole = (whole.expanduser() if str(path).startswith("~") else whole).absolute()
         whole.exists()
         return whole
     except (OSError, ValueError, RuntimeError):  # a name too long, a NUL, ~nobody
         raise NotFoundError(f"There can be no path {str(path)[:80]!r}.", "is it spelled right?") from None
+
+
+def glob_there(pattern: str) -> list[str]:
+    """`glob.glob`, sorted, in a folder whose own name may hold what a pattern does: "my [4bit] model"."""
+    folder, name = os.path.split(pattern)
+    return sorted(glob.glob(os.path.join(glob.escape(folder), name)))
 
 
 def why_gone(path: str | Path) -> str:

@@ -23,6 +23,7 @@ from typing import Any
 from jinja2 import Template
 
 from mlx_adapters.errors import ModelError
+from mlx_adapters.storage.paths import glob_there
 from mlx_adapters.system.gpu_kernels import bounded_sqrt, cumsum
 from mlx_adapters.system.limits import raise_open_files
 from mlx_adapters.system.templates import Bounded
@@ -69,7 +70,6 @@ try:
         from mlx_lm.tuner.dora import DoRAEmbedding, DoRALinear
         from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
         from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS, _get_classes, load_config, load_model
-        from mlx_lm.utils import load_tokenizer as load_mlx_tokenizer
         from transformers.utils import chat_template_utils
         from transformers.utils import logging as transformers_logging
 except ImportError as error:
@@ -88,7 +88,7 @@ def _check() -> None:
             )
     relied_on = {
         load_model: ("lazy", "strict", "model_config", "trust_remote_code"),
-        load_mlx_tokenizer: ("tokenizer_config_extra", "eos_token_ids"),
+        mlx_lm_utils.load_tokenizer: ("tokenizer_config_extra", "eos_token_ids"),
         **{kind.from_base: ("r", "scale", "dropout") for kind in (LoRALinear, DoRALinear, LoRAEmbedding)},
         LoRASwitchLinear.from_base: ("r", "scale", "dropout"),
         attention.quantized_scaled_dot_product_attention: ("q_keys", "q_values", "scale", "mask", "group_size", "bits"),
@@ -120,7 +120,7 @@ def _noted_load(file: Any, *arguments: Any, **options: Any) -> Any:
 
 _check()
 raise_open_files()
-mx.cumsum, mx.load = cumsum, _noted_load
+mx.cumsum, mx.load, mlx_lm_utils.glob = cumsum, _noted_load, SimpleNamespace(glob=glob_there)  # type: ignore[attr-defined]
 recurrent_gemma.mx = SimpleNamespace(**vars(mx) | {"sqrt": bounded_sqrt})  # of 1 - a², which may be 0
 chat_template_utils.ImmutableSandboxedEnvironment = Bounded  # the sandbox of chat templates, with limits
 
@@ -180,7 +180,7 @@ def load_tokenizer(folder: Path, eos_token_ids: Any, chat_template: str | None =
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
-        tokenizer = load_mlx_tokenizer(folder, extra, eos_token_ids=eos_token_ids)
+        tokenizer = mlx_lm_utils.load_tokenizer(folder, extra, eos_token_ids=eos_token_ids)
     finally:
         transformers_logging.set_verbosity(level)
     if chat_template is not None:

@@ -4,6 +4,7 @@ import os
 import shutil
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 from helpers.adapters import make_adapter
 
@@ -64,6 +65,23 @@ def test_a_base_that_is_a_snapshot_of_links_is_fused(base, folder, tmp_path):
     assert not any(path.is_symlink() for path in out.iterdir())
     shutil.rmtree(tmp_path / "models--user--base")
     ma.load_model(out)
+
+
+@pytest.mark.parametrize(("here", "beside"), [("m[12]", "m1"), ("m?", "mm"), ("*", "other")])
+def test_a_folder_that_reads_as_a_pattern_is_itself(tiny_model, base, folder, tmp_path, here, beside):
+    """mlx-lm looks for weights by a pattern: it found none in the folder, or those beside it."""
+    shutil.copytree(tiny_model("llama", seed=1), tmp_path / beside)
+    shutil.copytree(base, tmp_path / here)
+    read = ma.load_model(tmp_path / here).module.parameters()["model"]["norm"]["weight"]
+    assert read.tolist() == mx.load(str(base / "model.safetensors"))["model.norm.weight"].tolist()
+    out = ma.fuse(tmp_path / here, folder, tmp_path / "out" / here, any_base=True)
+    assert out.fidelity is not None and out.fidelity.kl_mean < 1
+
+
+def test_a_folder_whose_name_begins_with_a_tilde(base, monkeypatch, tmp_path):
+    shutil.copytree(base, tmp_path / "~base")
+    monkeypatch.chdir(tmp_path)
+    assert ma.load_model("./~base").base.folder == tmp_path / "~base"
 
 
 @pytest.mark.parametrize("linked", ["home", "adapters", "adapter"])

@@ -110,9 +110,12 @@ def test_prompt_completion_with_and_without_a_template():
     assert words(chat.tokens, chat.trained) == words(plain.tokens, plain.trained) == "red blue </s>"
 
 
+TOOL = {"type": "function", "function": {"name": "call"}}
+
+
 def test_tools_reach_the_template():
-    template = "{% for t in tools or [] %}tool {{ t.name }} {% endfor %}" + STABLE
-    row = raw(messages=TWO_TURNS, tools=[{"name": "call"}])
+    template = "{% for t in tools or [] %}tool {{ t.function.name }} {% endfor %}" + STABLE
+    row = raw(messages=TWO_TURNS, tools=[TOOL])
     assert words(tokenize_row(row, tokenizer(template)).tokens).startswith("tool call <s> system")
 
 
@@ -163,13 +166,13 @@ def test_jsonl_and_parquet_give_the_same_rows(tmp_path):
     import pyarrow
     import pyarrow.parquet
 
-    rows = [{"messages": TWO_TURNS, "tools": [{"name": "call"}]}, {"messages": TWO_TURNS[1:3]}]
+    rows = [{"messages": TWO_TURNS, "tools": [TOOL]}, {"messages": TWO_TURNS[1:3]}]
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "train.jsonl").write_text("\n".join(json.dumps(r) for r in rows) + "\n")
     (tmp_path / "b").mkdir()
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "b" / "train.parquet")
     a, b = read_data(tmp_path / "a").rows("train"), read_data(tmp_path / "b").rows("train")
-    assert [r.key() for r in a] == [r.key() for r in b] and a[0].tools == b[0].tools == [{"name": "call"}]
+    assert [r.key() for r in a] == [r.key() for r in b] and a[0].tools == b[0].tools == [TOOL]
     assert [r.messages for r in a] == [r.messages for r in b] == [TWO_TURNS, TWO_TURNS[1:3]]
     assert b[1].where.endswith("train.parquet, row 2")
 
