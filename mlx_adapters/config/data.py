@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_adapters.config.mapping import require
+from mlx_adapters.config.mapping import require, shown
 from mlx_adapters.config.settings import check, setting, settings
 
 # Arguments of a template that are not the user's to give.
@@ -41,7 +41,7 @@ class TemplateConfig:
     def __post_init__(self) -> None:
         check(self)
         good = self.chat_template is None or "{" in self.chat_template
-        require(good, f"chat_template is a template's text, not '{self.chat_template}'.", "read the file first.")
+        require(good, f"chat_template is a template's text, not {shown(self.chat_template)}.", "read the file first.")
         for name in self.chat_template_args:
             require(name not in RESERVED, f"The chat template's '{name}' cannot be given by an argument.")
 

@@ -6,19 +6,23 @@ wrong type is a ConfigError that names the key and its nearest neighbor.
 
 import contextlib
 import dataclasses
+import functools
 import numbers
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal, TypeVar
 
 from mlx_adapters.errors import ConfigError, NotFoundError, did_you_mean
 
 Config = TypeVar("Config")
 
-
+UNIONS = (typing.Union, types.UnionType)
+WORDS: dict[Any, str] = {int: "a whole number", float: "a number", str: "text", bool: "true or false", Path: "a path"}
+WORDS |= {tuple: "a list", Iterable: "a list", dict: "a mapping"}
 MOST_BYTES, MOST_VALUES = 1_000_000, 100_000  # of a config file
 
 
@@ -33,44 +37,47 @@ def is_whole(value: object) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
-def whole_number(value: Any, name: str) -> int:
-    """It as Python's int. Raises ConfigError that names it."""
-    require(is_whole(value), f"{name} must be a whole number, not {shown(value)}.")
-    return int(value)
+hints_of: Callable[[Any], dict[str, Any]] = functools.cache(typing.get_type_hints)
 
 
 def from_mapping(cls: type[Config], values: Mapping[str, Any], where: str = "the settings") -> Config:
     """Build the dataclass `cls` from `values`, converting lists to tuples and integers to floats.
 
-    Raises ConfigError for an unknown key or a value of the wrong type.
+    Raises ConfigError for an unknown key, a value of the wrong type or a lack of one.
     """
-    hints = typing.get_type_hints(cls)
-    fields = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    hints = hints_of(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     checked = {}
     for key, value in values.items():
         key = str(key)
         if key not in fields:
             raise ConfigError(f"Unknown setting '{key}' in {where}.", did_you_mean(key, fields))
         checked[key] = converted(value, hints[key], key, where)
+    for name, field in fields.items():
+        known = name in checked or field.default is not field.default_factory  # MISSING both: it has no default
+        require(known, f"There is no '{name}' in {where}.")
     return cls(**checked)
 
 
-def converted(value: Any, hint: Any, key: str, where: str) -> Any:
-    """A value as the annotation `hint` says. Raises ConfigError that names its `key` and `where` it stands."""
+def converted(value: Any, hint: Any, key: str, where: str | None = None) -> Any:
+    """A value as the annotation `hint` says: NumPy's numbers become Python's, lists tuples.
+
+    `where` it stands, if not in Python: there mappings become settings, which in Python are given as such.
+
+    Raises ConfigError that names its `key`, and where it stands.
+    """
     origin, options = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return value
-    if origin in (typing.Union, types.UnionType):
+    if origin in UNIONS:
         kinds = {str(option.name): option for option in options if hasattr(option, "name")}
-        if kinds and len(kinds) == len(options):  # settings that say by their name which they are
+        if where and kinds and len(kinds) == len(options):  # settings that say by their name which they are
             return _named(kinds, value, key, where)
         for option in options:
-            if dataclasses.is_dataclass(option) and isinstance(value, Mapping):
-                return from_mapping(option, value, f"'{key}' of {where}")  # type: ignore[arg-type]
-            try:
+            if where and dataclasses.is_dataclass(option) and isinstance(value, Mapping):
                 return converted(value, option, key, where)
-            except ConfigError:
-                continue
+            with contextlib.suppress(ConfigError):
+                return converted(value, option, key, where)
     elif origin is Literal:
         if isinstance(value, str | int) and value in options:
             return value
@@ -79,28 +86,29 @@ def converted(value: Any, hint: Any, key: str, where: str) -> Any:
             return tuple(converted(item, options[0], key, where) for item in value)
     elif origin is dict:
         if isinstance(value, Mapping):
-            return {str(k): converted(v, options[1], key, where) for k, v in value.items()}
-    elif hint is float and isinstance(value, numbers.Real) and not isinstance(value, bool):
-        with contextlib.suppress(OverflowError):
-            return float(value)
-    elif dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
-        return from_mapping(hint, value, f"'{key}' of {where}")  # type: ignore[arg-type]
+            made = {str(k): converted(v, options[1], key, where) for k, v in value.items()}
+            require(len(made) == len(value), f"{key} has a name twice: {shown(value)}.")
+            return made
+    elif hint is float:
+        if isinstance(value, numbers.Real) and not isinstance(value, bool):
+            with contextlib.suppress(OverflowError):
+                return float(value)
     elif hint is int:
         if is_whole(value):
             return int(value)
-    elif isinstance(hint, type) and isinstance(value, hint):
+    elif where and dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+        return from_mapping(hint, value, f"'{key}' of {where}")  # type: ignore[arg-type]
+    elif isinstance(value, origin or hint):
         return value
-    raise ConfigError(f"'{key}' in {where} cannot be {shown(value)}.", f"it must be {_describe(hint)}.")
+    named = f"'{key}' in {where}" if where else key
+    raise ConfigError(f"{named} cannot be {shown(value)}.", _instead(value, hint, where))
 
 
 def _named(kinds: Mapping[str, Any], value: Any, key: str, where: str) -> Any:
     """One of several dataclasses: by its name alone, or a mapping with its name and settings."""
     values = {"name": value} if isinstance(value, str) else value
-    name = values.get("name") if isinstance(values, Mapping) else None
-    if not isinstance(name, str) or name not in kinds:
-        hint = did_you_mean(name, kinds) if isinstance(name, str) else None
-        known = f"there are: {', '.join(kinds)}."
-        raise ConfigError(f"'{key}' in {where} cannot be {shown(value)}.", hint or known)
+    name = values.get("name", value) if isinstance(values, Mapping) else value
+    name = converted(name, Literal[*kinds], key, where)
     return from_mapping(kinds[name], values, f"'{key}' of {where}")
 
 
@@ -118,19 +126,32 @@ def to_mend(field: str, value: Any) -> str:
     return "take the quotes away." if quoted else f"write the '{field}' of its training there."
 
 
-def _describe(hint: Any) -> str:
-    if typing.get_origin(hint) is Literal:
+def _instead(value: Any, hint: Any, where: str | None) -> str | None:
+    """The hint of an error: what looks like `value`, and what it may be."""
+    kinds = [option for option in alternatives(hint) if option is not NoneType]
+    if isinstance(value, str) and all(typing.get_origin(kind) is Literal for kind in kinds):
+        choices = [str(choice) for kind in kinds for choice in typing.get_args(kind)]
+        return did_you_mean(value, choices, f"there are: {', '.join(choices)}.")
+    return f"it must be {_describe(hint, where)}."
+
+
+def _describe(hint: Any, where: str | None) -> str:
+    origin = typing.get_origin(hint)
+    if origin is Literal:
         return " or ".join(repr(option) for option in typing.get_args(hint))
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return " or ".join(_describe(option) for option in typing.get_args(hint))
+    if origin in UNIONS:
+        return " or ".join(_describe(option, where) for option in typing.get_args(hint))
     if dataclasses.is_dataclass(hint):
-        return f"a mapping with {', '.join(field.name for field in dataclasses.fields(hint))}"
-    if typing.get_origin(hint) is tuple:
-        return "a list"
-    if typing.get_origin(hint) is dict:
-        return "a mapping"
-    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
-    return names.get(hint, str(hint))
+        fields = ", ".join(field.name for field in dataclasses.fields(hint))
+        return f"a mapping with {fields}" if where else f"ma.{hint.__name__}(...)"  # type: ignore[union-attr]
+    if hint is NoneType:
+        return "null" if where else "None"
+    return WORDS.get(origin or hint, str(hint))
+
+
+def alternatives(hint: Any) -> tuple[Any, ...]:
+    """What an annotation allows: the parts of `A | B`, or it alone."""
+    return typing.get_args(hint) if typing.get_origin(hint) in UNIONS else (hint,)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-from mlx_adapters.config.mapping import from_mapping, is_whole, require, shown, to_mapping, whole_number
+from mlx_adapters.config.mapping import from_mapping, is_whole, require, shown, to_mapping
 from mlx_adapters.config.settings import check, setting, settings
 from mlx_adapters.errors import ConfigError, did_you_mean
 
@@ -65,21 +65,15 @@ class Quantization:
     mode: str = setting("affine", "Quantization mode", more="affine, mxfp4, mxfp8 or nvfp4.")
 
     def __post_init__(self) -> None:
-        for name in ("bits", "group_size"):
-            object.__setattr__(self, name, whole_number(getattr(self, name), name))
-        require(isinstance(self.mode, str), f"mode must be text, not {self.mode!r}.")
+        check(self)
         if self.mode not in QUANTIZATIONS:  # (a hint takes time, and this is made for every layer of a model)
             hint = did_you_mean(self.mode, QUANTIZATIONS, "modes: " + ", ".join(QUANTIZATIONS))
-            raise ConfigError(f"There is no quantization mode '{self.mode}'.", hint)
-        bits, group_sizes = QUANTIZATIONS[self.mode]
-        require(
-            self.bits in bits, f"Mode '{self.mode}' has no {self.bits} bits.", f"it has {', '.join(map(str, bits))}."
-        )
-        require(
-            self.group_size in group_sizes,
-            f"Mode '{self.mode}' has no group size {self.group_size}.",
-            f"it has {', '.join(map(str, group_sizes))}.",
-        )
+            raise ConfigError(f"There is no quantization mode {shown(self.mode)}.", hint)
+        accepted = QUANTIZATIONS[self.mode]
+        for name, what, known in zip(("bits", "group_size"), ("{} bits", "group size {}"), accepted, strict=True):
+            if (value := getattr(self, name)) not in known:
+                said = f"Mode '{self.mode}' has no {what.format(shown(value))}."
+                raise ConfigError(said, f"it has {', '.join(map(str, known))}.")
 
 
 BITS = ("keep", "none", *map(str, QUANTIZATIONS["affine"][0]))  # as they are spelled on a command line
@@ -186,4 +180,4 @@ class CacheQuantization:
         bits, sizes = QUANTIZATIONS["affine"]
         for name, known in (("kv_bits", (None, *bits)), ("kv_group_size", sizes)):
             value = getattr(self, name)
-            require(value in known, f"{name} is one of {', '.join(map(str, filter(None, known)))}, not {value}.")
+            require(value in known, f"{name} is one of {', '.join(map(str, filter(None, known)))}, not {shown(value)}.")

@@ -1,10 +1,10 @@
 """How answers are written: the one definition that Python, the command line and the server share. Imports no MLX."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypedDict
 
-from mlx_adapters.config.mapping import from_mapping, require
+from mlx_adapters.config.mapping import from_mapping, require, shown
 from mlx_adapters.config.settings import check, setting, settings
 
 
@@ -63,16 +63,16 @@ class Sampling:
     ignore_eos: bool = setting(False, "Go on where the model ends the answer")
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        require(all(isinstance(word, str) and word for word in stop), "stop must be texts that are not empty.")
-        object.__setattr__(self, "stop", stop)
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        check(self)
+        require(all(self.stop), "stop must be texts that are not empty.")
         bad = [entry for entry in self.logit_bias.items() if not _is_bias(*entry)]
         require(not bad, f"logit_bias maps token ids to numbers, not '{str(bad[0][0])[:40] if bad else ''}'.")
         require(len(set(map(int, self.logit_bias))) == len(self.logit_bias), "logit_bias names a token twice.")
-        check(self, kinds=True)
         require(
             self.min_tokens <= self.max_tokens,
-            f"'min_tokens' is {self.min_tokens}, and {self.max_tokens} may be written.",
+            f"'min_tokens' is {shown(self.min_tokens)}, and {self.max_tokens} may be written.",
         )
 
     def changed(self, options: Mapping[str, Any]) -> "Sampling":
@@ -82,10 +82,8 @@ class Sampling:
             options: names and values.
         """
         stop = options.get("stop")
-        lengths = {"max_tokens": self.max_tokens, "min_tokens": self.min_tokens}
         stops = {"stop": [stop]} if isinstance(stop, str) else {}
-        given = from_mapping(Sampling, {**lengths, **options, **stops}, "sampling")
-        return replace(self, **{name: getattr(given, name) for name in options})
+        return from_mapping(Sampling, {**vars(self), **options, **stops}, "sampling")
 
 
 @settings

@@ -18,14 +18,14 @@ import functools
 import math
 import operator
 import textwrap
-import types
 import typing
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
+from types import NoneType
 from typing import Any, Literal, TypeVar
 
-from mlx_adapters.config.mapping import converted, require, shown, to_mapping
-from mlx_adapters.errors import ConfigError, did_you_mean
+from mlx_adapters.config.mapping import alternatives, converted, hints_of, require, shown, to_mapping
+from mlx_adapters.errors import ConfigError
 
 Class = TypeVar("Class", bound=type)
 Given = TypeVar("Given")
@@ -38,7 +38,7 @@ RULES = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, 
 class Setting:
     """One field, as people are told of it.
 
-    `bounds`: those of RULES that it has; `kinds`: what its value may be, besides None and the `choices`.
+    `bounds`: those of RULES that it has; `hint`: its annotation.
     """
 
     name: str
@@ -51,8 +51,23 @@ class Setting:
     metavar: str | None
     from_file: bool
     repeated: bool
-    kinds: tuple[Any, ...]
-    choices: tuple[str, ...]
+    hint: Any
+
+    @functools.cached_property
+    def kinds(self) -> tuple[Any, ...]:
+        """What its value may be, besides None and the `choices`."""
+        return tuple(k for k in alternatives(self.hint) if typing.get_origin(k) is not Literal and k is not NoneType)
+
+    @functools.cached_property
+    def choices(self) -> tuple[str, ...]:
+        """The words that it is chosen from."""
+        words = [kind for kind in alternatives(self.hint) if typing.get_origin(kind) is Literal]
+        return tuple(str(choice) for kind in words for choice in typing.get_args(kind))
+
+    @functools.cached_property
+    def as_given(self) -> frozenset[Any]:
+        """Types whose values need no look: each request of a server has settings that are checked."""
+        return frozenset(alternatives(self.hint)) & {bool, int, float, str, NoneType}
 
     @property
     def shown_default(self) -> str:
@@ -72,18 +87,20 @@ class Setting:
         """ "at least 0, below 1"; "" if it has no bounds."""
         return ", ".join(f"{rule.replace('_', ' ')} {_number(bound)}" for rule, bound in self.bounds.items())
 
-    def check(self, value: Any) -> None:
-        """Raise ConfigError if `value` is not among the choices or not within the bounds."""
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            finite = isinstance(value, int) or math.isfinite(value)
-            require(finite, f"{self.name} must be a number, not {value}.")
-            number = "a number " if float in self.kinds and list(self.bounds) == ["above"] else ""
+    def checked(self, value: Any) -> Any:
+        """The value: NumPy's numbers become Python's, lists tuples. Raises ConfigError if it is not of the annotation's
+        kind or not within the bounds."""
+        if type(value) not in self.as_given:
+            value = converted(value, self.hint, self.name)
+        if type(value) is float:
+            require(math.isfinite(value), f"{self.name} must be a number, not {value}.")
+        if type(value) in (int, float):
             for rule, bound in self.bounds.items():
-                wanted = f"{number}{rule.replace('_', ' ')} {_number(bound)}"
-                require(RULES[rule](value, bound), f"{self.name} must be {wanted}, not {value}.")
-        elif self.choices and not self.kinds and value is not None and value not in self.choices:
-            hint = did_you_mean(str(value), self.choices, f"there are: {', '.join(self.choices)}.")
-            raise ConfigError(f"{self.name} cannot be '{value}'.", hint)
+                if not RULES[rule](value, bound):
+                    number = "a number " if float in self.kinds and list(self.bounds) == ["above"] else ""
+                    wanted = f"{number}{rule.replace('_', ' ')} {_number(bound)}"
+                    raise ConfigError(f"{self.name} must be {wanted}, not {shown(value)}.")
+        return value
 
 
 def setting(
@@ -125,7 +142,7 @@ def setting(
     return dataclasses.field(default=default, repr=not secret, metadata=told)
 
 
-_known: dict[type, dict[str, Setting]] = {}  # each request of a server has settings that are checked
+_known: dict[type, dict[str, Setting]] = {}
 
 
 def settings_of(cls: type) -> dict[str, Setting]:
@@ -136,42 +153,19 @@ def settings_of(cls: type) -> dict[str, Setting]:
 
 
 def _read_settings(cls: type) -> dict[str, Setting]:
-    hints, known = typing.get_type_hints(cls), dict[str, Setting]()
+    hints, known = hints_of(cls), dict[str, Setting]()
     for field in sorted(
         dataclasses.fields(cls), key=lambda field: field.kw_only is True
     ):  # those of a base class come last
-        kinds = [hint for hint in _alternatives(hints[field.name]) if hint is not type(None)]
-        choices = [choice for hint in kinds if typing.get_origin(hint) is Literal for choice in typing.get_args(hint)]
-        kinds = [hint for hint in kinds if typing.get_origin(hint) is not Literal]
         default = field.default if field.default_factory is MISSING else field.default_factory()
-        known[field.name] = Setting(
-            field.name, default, **field.metadata, kinds=tuple(kinds), choices=tuple(map(str, choices))
-        )
+        known[field.name] = Setting(field.name, default, **field.metadata, hint=hints[field.name])
     return known
 
 
-def _alternatives(hint: Any) -> Sequence[Any]:
-    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-
-
-def check(config: Any, kinds: bool = False) -> None:
-    """Raise ConfigError for the first value that is not among its setting's choices or within its bounds, or if `kinds`
-    not of its annotation's kind."""
+def check(config: Any) -> None:
+    """Make each value of its setting's kind (`Setting.checked`). Raises ConfigError for the first that is not."""
     for name, one in settings_of(type(config)).items():
-        one.check(getattr(config, name))
-    if kinds:
-        _check_kinds(config)
-
-
-def _check_kinds(config: Any) -> None:
-    """Raise ConfigError for the first value that is not of its annotation's kind. NumPy's numbers become Python's and
-    lists tuples; settings in settings are left to themselves."""
-    cls: Any = type(config)
-    for name, hint in _hints(cls).items():
-        value = getattr(config, name)
-        made = converted(value, hint, name, "the settings")
-        if type(value) not in (int, float, str, bool):  # 2 for 2.0 stays as it was given
-            object.__setattr__(config, name, made)
+        object.__setattr__(config, name, one.checked(getattr(config, name)))
 
 
 def of_kind(kind: type[Given], value: object) -> Given:
@@ -179,13 +173,6 @@ def of_kind(kind: type[Given], value: object) -> Given:
     known = isinstance(value, kind | None)
     require(known, f"The settings cannot be {shown(value)}.", f"give a {kind.__name__}: ma.{kind.__name__}(...).")
     return kind() if value is None else value  # type: ignore[return-value]
-
-
-@functools.cache
-def _hints(cls: type) -> dict[str, Any]:
-    hints = {name: typing.get_type_hints(cls)[name] for name in settings_of(cls)}
-    inner = {name for name, hint in hints.items() if any(map(dataclasses.is_dataclass, typing.get_args(hint)))}
-    return {name: hint for name, hint in hints.items() if name not in inner}
 
 
 def settings(cls: Class) -> Class:

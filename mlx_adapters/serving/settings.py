@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_adapters.config.mapping import require
+from mlx_adapters.config.mapping import require, shown
 from mlx_adapters.config.settings import check, setting, settings
 from mlx_adapters.errors import ConfigError
 from mlx_adapters.sources.references import NAME
@@ -110,7 +110,7 @@ class ServeSettings:
         check(self)
         require(
             is_loopback(self.host) or len(self.api_keys) > 0,
-            f"Listening on '{self.host}' needs an API key.",
+            f"Listening on {shown(self.host)} needs an API key.",
             "pass --api-key-file FILE, or keep --host 127.0.0.1.",
         )
 

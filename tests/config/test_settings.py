@@ -2,10 +2,8 @@
 
 import ast
 import dataclasses
-import importlib
 import re
 from functools import cache
-from pathlib import Path
 from typing import Literal
 
 import click
@@ -13,10 +11,10 @@ import pytest
 import yaml
 from click.testing import CliRunner
 from helpers.public import HELP, LEAVES
+from helpers.settings_classes import CLASSES, PACKAGE
 from hypothesis import given
 from hypothesis import strategies as st
 
-import mlx_adapters
 from mlx_adapters.benchmarking.schedule import BenchmarkConfig
 from mlx_adapters.cli._settings import option, options
 from mlx_adapters.config.data import DataConfig
@@ -30,22 +28,6 @@ from mlx_adapters.config.settings import check, commented, setting, settings, se
 from mlx_adapters.config.training import LoraConfig, TrainConfig
 from mlx_adapters.errors import ConfigError
 from mlx_adapters.serving.settings import ServeSettings
-
-PACKAGE = Path(mlx_adapters.__file__).parent
-
-
-def classes() -> list[type]:
-    """Every class that is decorated with `settings`."""
-    decorated = []
-    for path in sorted(PACKAGE.rglob("*.py")):
-        for node in ast.parse(path.read_text()).body:
-            if isinstance(node, ast.ClassDef) and "settings" in map(ast.unparse, node.decorator_list):
-                module = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
-                decorated.append(getattr(importlib.import_module(module), node.name))
-    return decorated
-
-
-CLASSES = classes()
 
 
 @settings
@@ -240,7 +222,7 @@ def test_an_option_may_say_something_else_than_its_setting():
     [
         ({"hours": 0}, "hours must be at least 1, not 0.", None),
         ({"hours": 100}, "hours must be below 100, not 100.", None),
-        ({"heat": 0}, "heat must be a number above 0, not 0.", None),
+        ({"heat": 0}, "heat must be a number above 0, not 0.0.", None),
         ({"heat": float("inf")}, "heat must be a number, not inf.", None),
         ({"share": float("nan")}, "share must be a number, not nan.", None),
         ({"share": 1.5}, "share must be at most 1, not 1.5.", None),

@@ -171,7 +171,7 @@ def test_a_bias_that_a_type_cannot_hold_forces_its_token(dtype):
         with pytest.raises(ConfigError, match="logit_bias maps token ids to numbers"):
             Sampling(logit_bias=wrong)
     for twice in ({"7": 1.0, "07": 2.0}, {"7": 1.0, 7: 1.0}):
-        with pytest.raises(ConfigError, match="logit_bias names a token twice"):
+        with pytest.raises(ConfigError, match=r"logit_bias (names a token|has a name) twice"):
             Sampling(logit_bias=twice)
 
 
@@ -187,7 +187,7 @@ def test_a_shortest_answer_is_not_longer_than_the_longest(model):
         with pytest.raises(ConfigError, match=said):
             refused()
     for name in ("max_tokens", "min_tokens"):
-        with pytest.raises(ConfigError, match=f"'{name}'.* cannot be '3'"):
+        with pytest.raises(ConfigError, match=f"^{name} cannot be '3'"):
             Sampling(**{name: "3"})
     long = Sampling(max_tokens=1000).changed({"min_tokens": 500})
     assert (long.max_tokens, long.min_tokens) == (1000, 500)
