@@ -23,11 +23,12 @@ EVERY = slice(None)
 AT_ONCE = 1 << 15  # numbers: NumPy's new arrays of more are fresh memory each time, slower than the sums
 
 
-def not_finite(path: str) -> FormatError:
-    """The error for a layer that cannot be fused."""
+def not_finite(path: str, dtype: mx.Dtype = mx.float32) -> FormatError:
+    """The error for a layer that cannot be fused into numbers of `dtype`."""
+    wider = " What is too large for float16 (65504), --dtype bfloat16 holds." if dtype == mx.float16 else ""
     return FormatError(
         f"The weight of '{path}' holds NaN, Inf or numbers that are too large, with the update in it.",
-        "is the base whole? What is too large for float16 (65504), --dtype bfloat16 holds.",
+        f"is the base whole?{wider}",
     )
 
 
@@ -42,7 +43,7 @@ def require_representable(path: str, least: float, most: float, dtype: mx.Dtype)
     about = mx.finfo(dtype)
     limit = about.max * (1 + about.eps / 4)  # half a step above the largest; what lies there is rounded up
     if not (-limit < least and most < limit):  # NaN is neither
-        raise not_finite(path)
+        raise not_finite(path, dtype)
 
 
 def sample(rows: int) -> slice:

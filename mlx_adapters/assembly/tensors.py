@@ -149,7 +149,7 @@ class Assembly:
             if wrong and wrong[0].item():
                 raise FormatError(f"The base's '{name}' holds NaN.", "is the base whole?")
             if any(one.item() for one in wrong):
-                raise not_finite(name)
+                raise not_finite(name, dtype)
             if owner is not None and leaf in owner:
                 owner[leaf] = mx.zeros((0,))
             return [made]
@@ -208,9 +208,10 @@ class Assembly:
         pieces: list[list[mx.array]] = []
         for parts, told in rows:
             finite, least, most, sums = told.read()
-            require_representable(plan.path, least, most, self.scale_dtype if plan.target else self.weight_dtype)
+            dtype = self.scale_dtype if plan.target else self.weight_dtype
+            require_representable(plan.path, least, most, dtype)
             if plan.target is not None and not finite:
-                raise not_finite(plan.path)
+                raise not_finite(plan.path, dtype)
             pieces.append(parts)
             for each, some in zip([total] * plan.changed + [whole] * ends_early(plan.target), sums, strict=True):
                 each.add_sums(some)

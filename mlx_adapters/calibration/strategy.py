@@ -185,7 +185,7 @@ class Strategy:
                 self._round_to_nearest(spool, error.message.rstrip("."))
                 return None
 
-        return as_memory_allows(run, rows, assembly.base)
+        return as_memory_allows(run, rows, assembly.base, "; --method nearest takes the least")
 
     def _foretelling(self, rows: list[TokenRow]) -> OnEvent:
         """`on_event`, told with the progress of rounding what comes later, by the pace of the forward pass: judging

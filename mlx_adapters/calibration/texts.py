@@ -248,8 +248,11 @@ def batches_of(rows: list[TokenRow], base: Base, most: int = TOKENS[0]) -> list[
     return make_batches(rows, most, 64, base.positions) if on_gpu() else make_batches(rows, most)
 
 
-def as_memory_allows(work: Callable[[list[TokenBatch]], Found], rows: list[TokenRow], base: Base) -> Found:
-    """`work` of batches of `rows`, with fewer rows at a time where memory is too small for more. Raises ModelError."""
+def as_memory_allows(
+    work: Callable[[list[TokenBatch]], Found], rows: list[TokenRow], base: Base, less: str = ""
+) -> Found:
+    """`work` of batches of `rows`, with fewer rows at a time where memory is too small for more. Raises ModelError,
+    which says what takes `less`."""
     for most in TOKENS:
         try:
             return work(batches_of(rows, base, most))
@@ -259,5 +262,5 @@ def as_memory_allows(work: Callable[[list[TokenBatch]], Found], rows: list[Token
         mx.clear_cache()  # after the block: the error holds what took the memory
     raise ModelError(
         "There is too little memory even for a few rows at a time.",
-        "close what else uses it and try again; --method nearest takes the least.",
+        f"close what else uses it and try again{less}.",
     )

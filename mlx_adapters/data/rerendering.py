@@ -35,9 +35,10 @@ def _turn(render: Render, messages: Messages, text: str, encoded: Encoded, turn:
     elif changed:
         start, stop = changed
     else:
+        later = any(message["role"] == "assistant" for message in messages[turn + 1 :])
         raise FormatError(
             f"{where}: the chat template does not show where message {turn + 1} lies.",
-            "train without --mask-prompt, or with --last-turn-only.",
+            f"train without --mask-prompt{', or with --last-turn-only' if later else ''}.",
         )
     first, last = encoded.from_char(start), encoded.to_char(stop)
     end = next((i + 1 for i in range(last, len(encoded.ids)) if encoded.ids[i] in ends.stop | ends.special), last)

@@ -22,7 +22,7 @@ from mlx_adapters.calibration.strategy import Strategy
 from mlx_adapters.calibration.texts import GENERAL, PYTHON, choose_text
 from mlx_adapters.config.fusing import DEFAULTS, FuseOptions, with_calibration
 from mlx_adapters.config.mapping import from_mapping, require, to_mapping
-from mlx_adapters.config.quantization import DTYPES, KEEP, Precision, PrecisionLike
+from mlx_adapters.config.quantization import DTYPES, KEEP, QUANTIZATIONS, Precision, PrecisionLike
 from mlx_adapters.data.datasets import Data
 from mlx_adapters.errors import ConfigError, FidelityError, IncompatibleError
 from mlx_adapters.events import Note, OnEvent, log_warnings
@@ -214,12 +214,14 @@ def _notes(assembly: Assembly, precision: Precision, on_event: OnEvent) -> tuple
         return (told,)
     if not left:
         return ()
-    first = f"{left[0].path}: {left[0].note}"
+    first, quantization = f"{left[0].path}: {left[0].note}", precision.quantization
+    smallest = quantization and quantization.group_size == min(QUANTIZATIONS[quantization.mode][1])
     if all(plan.target is None for plan in plans):
-        raise ConfigError(f"No layer can be quantized like that; {first}.", "choose a smaller --group-size.")
+        way = "leave --bits out: the layers stay as they are." if smallest else "choose a smaller --group-size."
+        raise ConfigError(f"No layer can be quantized like that; {first}.", way)
     share = sum(plan.parameters for plan in left) / sum(plan.parameters for plan in plans)
     whole = f"{count(len(left), 'layer')} of {len(plans)} {UNQUANTIZED}, {share:.0%} of the weights; {first}"
-    on_event(Note(f"{whole}. A smaller --group-size may fit.", "warning"))
+    on_event(Note(f"{whole}.{'' if smallest else ' A smaller --group-size may fit.'}", "warning"))
     return (whole, *(f"{plan.path}: {plan.note}" for plan in left))
 
 

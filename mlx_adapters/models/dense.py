@@ -140,6 +140,11 @@ def compute_dtype(module: nn.Module) -> mx.Dtype:
     return next((a.dtype for a in _weights(module) if mx.issubdtype(a.dtype, mx.floating)), mx.float32)
 
 
+def finer_types(module: nn.Module) -> list[str]:
+    """The options that a hint may offer for a module whose numbers are none: none if it computes in float32."""
+    return [] if compute_dtype(module) == mx.float32 else ["--dtype float32"]
+
+
 def _weights(tree: Any) -> Iterator[mx.array]:
     """Arrays called "weight" in modules, in their order, one after the other: the first is found soon."""
     for name, value in tree.items() if isinstance(tree, dict) else ((str(i), part) for i, part in enumerate(tree)):

@@ -27,6 +27,7 @@ from mlx_adapters.models.dense import (
     dense_class,
     dense_layer,
     dense_weight,
+    finer_types,
     first_not_finite,
     is_quantized,
     resize_rows,
@@ -142,7 +143,7 @@ def require_numbers(module: nn.Module, base: Base) -> None:
         return
     bad = first_not_finite(dict(tree_flatten(module.parameters())))
     wrong = "is rope_theta, a scale or an epsilon in its config.json wrong?"
-    finer = "" if compute_dtype(module) == mx.float32 else " Or try --dtype float32."
+    finer = "".join(f" Or try {way}." for way in finer_types(module))
     raise ModelError(
         f"'{base.name}' computes NaN or Inf: " + (f"its '{bad}' holds it." if bad else "its weights are numbers."),
         WHOLE_MODEL if bad else wrong + finer,

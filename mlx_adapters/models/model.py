@@ -12,7 +12,7 @@ from mlx_adapters.config.data import TemplateConfig
 from mlx_adapters.errors import ModelError
 from mlx_adapters.models.adapter import Adapter, template_of
 from mlx_adapters.models.base import Base
-from mlx_adapters.models.dense import compute_dtype
+from mlx_adapters.models.dense import finer_types
 from mlx_adapters.models.layers import attach, check_fits, check_made_for, detach
 from mlx_adapters.surgery.blocks import by_block, find_body
 from mlx_adapters.surgery.groups import Arrays
@@ -240,13 +240,12 @@ def names_of(model: Model) -> tuple[str, str | None]:
 
 def no_numbers(module: nn.Module, base: str, adapter: str | None) -> ModelError:
     """What to raise where the logits of `module` are NaN or infinite; base and adapter by their names."""
-    coarse = compute_dtype(module) != mx.float32
+    finer = finer_types(module)
     if adapter is None:
-        hint = "are its weights whole?" + (" Or try --dtype float32." if coarse else "")
+        hint = "are its weights whole?" + "".join(f" Or try {way}." for way in finer)
         return ModelError(f"'{base}' computes NaN or Inf.", hint)
-    message = f"'{base}' with '{adapter}' computes NaN or Inf."
-    finer = "--dtype float32, " if coarse else ""
-    return ModelError(message, f"try {finer}an earlier checkpoint, or a weaker one: 'mlx-adapters scale'.")
+    ways = ", ".join([*finer, "an earlier checkpoint, or a weaker one: 'mlx-adapters scale'"])
+    return ModelError(f"'{base}' with '{adapter}' computes NaN or Inf.", f"try {ways}.")
 
 
 def _require_text(text: str) -> None:

@@ -246,9 +246,8 @@ class Workers:
             process.stdin.flush()
             result, failure = pickle.load(process.stdout)
         except (EOFError, OSError, pickle.UnpicklingError) as error:
-            raise ModelError(
-                "A process that rounds layers ended.", "probably for lack of memory: --quick takes half."
-            ) from error
+            less = ": --quick takes half" if any(way.together for way in task.ways) else ""
+            raise ModelError("A process that rounds layers ended.", f"probably for lack of memory{less}.") from error
         finally:
             self._idle.put(process)
         if failure:

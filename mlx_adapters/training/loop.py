@@ -25,7 +25,7 @@ from mlx_adapters.events import (
     TrainReport,
     ValidationReport,
 )
-from mlx_adapters.models.dense import compute_dtype
+from mlx_adapters.models.dense import finer_types
 from mlx_adapters.optimization.distributed import LostPeerError
 from mlx_adapters.optimization.feed import Draw, Feed
 from mlx_adapters.optimization.objectives import means, with_sums
@@ -203,9 +203,10 @@ class Loop:
         self.feed = replace(self.feed, most=most)
         smaller = self.feed.draw(draw.drawn)
         if len(smaller.batches) == len(draw.batches):
+            less = "" if self.train_step.memory.again == "blocks" else "--memory blocks, or "
             raise TrainingError(
                 f"There is no memory for a row of {width} tokens at iteration {self.state.iteration + 1} ({why}).",
-                f"use --memory blocks, or a --max-seq-length below {width}. {self.folder.how_to_resume()}",
+                f"use {less}a --max-seq-length below {width}. {self.folder.how_to_resume()}",
             )
         self._say(
             f"There was no memory for {count(lines, 'row')} of {width} tokens: they are taken in parts from now on."
@@ -230,7 +231,7 @@ class Loop:
         )
 
     def _against_nan(self, trained: bool) -> str:
-        ways = ["--dtype float32"] if compute_dtype(self.train_step.module) != mx.float32 else []
+        ways = finer_types(self.train_step.module)
         if not trained:  # no learning rate can have to do with it
             ways.append("a smaller --scale")
             return f"nothing is trained yet: try {' or '.join(ways)}, and look at the base and these rows."

@@ -310,7 +310,7 @@ def prepare(
         if not settle_recomputing(train_step, probe):
             raise ConfigError(
                 "This architecture's gradients change when its blocks are computed again.",
-                "train without --grad-checkpoint, with --memory mlp.",
+                f"train {'without --grad-checkpoint, ' if config.grad_checkpoint else ''}with --memory mlp.",
             )
     return Prepared(train_step, feeds["train"], feeds.get("valid"))
 

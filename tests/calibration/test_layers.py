@@ -1,5 +1,6 @@
 """Layers of other kinds: what no adapter takes but mlx-lm quantizes, and what is not called once for a whole batch."""
 
+import math
 from dataclasses import replace
 
 import mlx.core as mx
@@ -10,6 +11,7 @@ from helpers.tiny_configs import tiny_base
 from helpers.tiny_models import build_model
 from mlx_lm.utils import load_model as load_as_mlx_lm_does
 
+from mlx_adapters.assembly.survival import require_representable
 from mlx_adapters.calibration import collecting
 from mlx_adapters.calibration.blockwise import BlockwiseModel
 from mlx_adapters.calibration.collecting import Collector
@@ -192,9 +194,16 @@ def overflowing(base, row):
 @pytest.mark.parametrize("asked", ["none", 8, Quantization(4, 32), Quantization(4, 32, "mxfp4")])
 def test_a_number_too_large_for_the_file_is_refused_in_every_row(row, asked, tiny_model, tmp_path):
     base = tiny_model("llama", dtype="float16", intermediate_size=256)
-    with pytest.raises(FormatError, match=r"up_proj' holds NaN, Inf or numbers that are too large"):
+    with pytest.raises(FormatError, match=r"up_proj' holds NaN, Inf or numbers that are too large") as caught:
         fuse(base, overflowing(base, row), tmp_path / "out", quantization=asked, options=NEAREST)
+    assert "--dtype bfloat16" in caught.value.hint
     assert not (tmp_path / "out").exists()
+
+
+def test_a_type_that_holds_more_is_offered_where_there_is_one():
+    with pytest.raises(FormatError, match=r"'x' holds NaN, Inf or") as caught:
+        require_representable("x", 0.0, math.inf, mx.bfloat16)
+    assert caught.value.hint == "is the base whole?"
 
 
 def test_what_a_cast_makes_infinite_is_refused(tmp_path):

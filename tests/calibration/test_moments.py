@@ -227,8 +227,9 @@ def test_fewer_experts_and_fewer_rows_where_memory_is_short(tiny_model, tmp_path
     assert short.batches[0] == whole.batches[0] > short.batches[-1]
     monkeypatch.undo()
     Full(monkeypatch, most=99, tokens=0)
-    with pytest.raises(ModelError, match="too little memory"):
+    with pytest.raises(ModelError, match="too little memory") as caught:
         fuse(folder, adapter, tmp_path / "none", quantization=4, options=options)
+    assert "--method nearest" in caught.value.hint
 
 
 def test_judging_and_check_take_fewer_rows_where_memory_is_short_and_a_fuse_that_fails_there_goes_on(
@@ -249,8 +250,9 @@ def test_judging_and_check_take_fewer_rows_where_memory_is_short_and_a_fuse_that
     monkeypatch.setattr(Spool, "put", lambda kept, path, done: rounded.append(path) or put(kept, path, done))
     monkeypatch.setattr(fidelity, "measure_fidelity", full)
     monkeypatch.setattr(spool, "WORTH_KEEPING", 0.0)
-    with pytest.raises(ModelError, match="too little memory"):
+    with pytest.raises(ModelError, match="too little memory") as caught:
         fuse(*ingredients, tmp_path / "out", quantization=4, options=options)
+    assert caught.value.hint == "close what else uses it and try again."  # (rounding is done)
     assert largest == sorted(largest, reverse=True) and largest[0] > largest[2] and rounded
     refused[0], _, _ = 2, largest.clear(), rounded.clear()
     fused = fuse(*ingredients, tmp_path / "out", quantization=4, options=options, resume=True)

@@ -72,12 +72,16 @@ def test_turns_are_found_by_rendering_changed_conversations():
 
 def test_a_turn_that_is_nowhere_is_refused_with_its_row():
     def refuses(messages, add_generation_prompt=False, **_):
-        if len(messages) != 2 or messages[1]["content"] != "b":
+        if len(messages) % 2 or messages[1]["content"] != "b":
             raise ValueError("not this one")
-        return "a<|im_end|>b"
+        return "<|im_end|>".join(message["content"] for message in messages)
 
-    with pytest.raises(FormatError, match="row: the chat template does not show where message 2 lies"):
+    with pytest.raises(FormatError, match="row: the chat template does not show where message 2 lies") as caught:
         trained([user("a"), answer("b")], refuses)
+    assert caught.value.hint == "train without --mask-prompt."  # the last turn alone is no other
+    with pytest.raises(FormatError, match="row: the chat template does not show where message 2 lies") as caught:
+        trained([user("a"), answer("b"), user("c"), answer("d")], refuses)
+    assert caught.value.hint == "train without --mask-prompt, or with --last-turn-only."
     with pytest.raises(FormatError, match="line 3: the chat template refuses the row: not this one"):
         tokenize([RawRow({"messages": [user("a")]}, "line 3")], code_tokenizer(refuses))
 

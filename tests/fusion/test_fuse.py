@@ -212,7 +212,11 @@ def test_bad_input_leaves_nothing(tiny_model, tmp_path):
     odd = tiny_model("llama", intermediate_size=160)
     with pytest.raises(ConfigError, match="No layer can be quantized") as caught:
         fuse(odd, visible_adapter(odd), out, quantization=Quantization(4, 128))
-    assert "--group-size" in caught.value.hint
+    assert caught.value.hint == "choose a smaller --group-size."
+    narrow = tiny_model("llama", hidden_size=48, intermediate_size=80)  # and 32 is the smallest
+    with pytest.raises(ConfigError, match="No layer can be quantized") as caught:
+        fuse(narrow, visible_adapter(narrow), out, quantization=Quantization(4, 32, "mxfp4"))
+    assert caught.value.hint == "leave --bits out: the layers stay as they are."
     assert list(tmp_path.glob("*out*")) == []
     fuse(folder, adapter, out, quantization="none")
     with pytest.raises(ExistsError):

@@ -18,6 +18,7 @@ from mlx_adapters.generation.live import load_model
 from mlx_adapters.generation.requests import Request
 from mlx_adapters.generation.sampling import Sampler
 from mlx_adapters.models.loading import load_model as load_plain_model
+from mlx_adapters.models.model import no_numbers
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.sources.lookup import load_adapter
 from mlx_adapters.sources.registry import register
@@ -47,7 +48,8 @@ def test_an_answer_of_no_numbers_is_refused(wild, drafting, way):
     model = load_model(wild, "wild", dtype="float16", drafting=drafting)
     with pytest.raises(ModelError, match=REFUSED) as refused:
         model.generate(PROMPT, WAYS[way])
-    assert "try --dtype float32, an earlier checkpoint" in refused.value.hint
+    weaker = "an earlier checkpoint, or a weaker one: 'mlx-adapters scale'."
+    assert refused.value.hint == f"try --dtype float32, {weaker}"
     with pytest.raises(ModelError, match=REFUSED):
         model.generate_batch([(OTHER, None), (OTHER, "wild")], WAYS[way])
     assert model.pool.get("wild").users == 0  # it may be evicted
@@ -57,6 +59,9 @@ def test_an_answer_of_no_numbers_is_refused(wild, drafting, way):
         model.generate(PROMPT, sampler=lambda logprobs: mx.array([7]))
     model.use(None)
     assert len(model.generate(PROMPT, WAYS[way], max_tokens=4).token_ids) > 0
+    model.module.set_dtype(mx.float32)
+    assert no_numbers(model.module, "tiny", "wild").hint == f"try {weaker}"
+    assert no_numbers(model.module, "tiny", None).hint == "are its weights whole?"
 
 
 @pytest.mark.parametrize("way", WAYS)

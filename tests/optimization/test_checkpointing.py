@@ -118,9 +118,13 @@ def test_an_architecture_that_hides_a_gradient_is_refused(tiny_model, monkeypatc
     first.__class__ = second.__class__ = Sharing
     assert not settle_recomputing(made, BATCH)
     monkeypatch.setattr(setup, "settle_recomputing", lambda *_: False)
-    with pytest.raises(ConfigError) as caught:
-        prepared(tiny_model(), TrainConfig(grad_checkpoint=True, batch_size=2))
-    assert "--grad-checkpoint" in caught.value.hint
+    for asked, way in (
+        ({"grad_checkpoint": True}, "train without --grad-checkpoint, with --memory mlp."),
+        ({"memory": "blocks"}, "train with --memory mlp."),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            prepared(tiny_model(), TrainConfig(batch_size=2, **asked))
+        assert caught.value.hint == way
 
 
 def prepared(folder, training: TrainConfig, targets="all") -> setup.Prepared:

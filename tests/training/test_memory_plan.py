@@ -273,7 +273,10 @@ def test_a_row_that_finds_no_memory_ends_the_run_in_words(tiny_model, tmp_path, 
     no_room_for(5, monkeypatch)
     with pytest.raises(TrainingError, match="no memory for a row") as caught:
         train(tiny_model(), data, name="split", lora=LORA, training=SHORT)
-    assert "--max-seq-length" in caught.value.hint
+    assert caught.value.hint.startswith("use --memory blocks, or a --max-seq-length below ")
+    with pytest.raises(TrainingError, match="no memory for a row") as caught:
+        train(tiny_model(), data, name="split", lora=LORA, training=replace(SHORT, memory="blocks"))
+    assert caught.value.hint.startswith("use a --max-seq-length below ")
 
 
 @pytest.mark.parametrize(
