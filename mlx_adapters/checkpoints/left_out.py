@@ -101,7 +101,8 @@ def _others(base: Base) -> tuple[Stored, list[str]]:
             others |= {name: tensor_files.stored_tensors(base.folder / file)[name]}
         else:
             missing.append(name)
-    return others, missing
+    held = {name for path in base.weight_files if missing for name in tensor_files.read_safetensors_header(path)[0]}
+    return others, [name for name in missing if name not in held]
 
 
 def _is_copy(tensor: StoredTensor, others: Iterable[StoredTensor]) -> bool:

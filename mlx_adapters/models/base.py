@@ -231,12 +231,12 @@ class Base:
 
     @cached_property
     def weight_files(self) -> list[Path]:
-        """The safetensors files, sorted. Raises NotFoundError if there is none, FormatError for a broken one."""
+        """The safetensors files, sorted. Raises NotFoundError if there is none, FormatError for a broken one or
+        for files of two models."""
         shards = sorted(self.folder.glob(WEIGHT_FILES))
         if not shards:
             raise NotFoundError(f"'{self.folder}' has no {WEIGHT_FILES}.", "is it a whole model folder?")
-        for path in shards:
-            tensor_files.read_safetensors_header(path)
+        tensor_files.refuse_two_values(shards)
         return shards
 
     @property

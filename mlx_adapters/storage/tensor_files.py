@@ -305,6 +305,30 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
     }
 
 
+def refuse_two_values(paths: Iterable[Path]) -> None:
+    """Raise FormatError where files hold a tensor of one name with different numbers, or one is broken.
+
+    Which of them mlx-lm takes is left to the order in which the disk lists files.
+    """
+    seen: dict[str, Path] = {}
+    for path in paths:
+        names = read_safetensors_header(path)[0].keys()
+        for other in sorted({seen[name] for name in names & seen.keys()}):
+            mine, theirs = stored_tensors(path), stored_tensors(other)
+            for name in sorted(mine.keys() & theirs.keys()):
+                if not _equal(mine[name], theirs[name]):
+                    how = f"'{name}' is another in {other.name} than in {path.name}"
+                    raise FormatError(
+                        f"'{path.parent}' holds weights of two models: {how}.", "keep the files of one in the folder."
+                    )
+        seen |= dict.fromkeys(names, path)
+
+
+def _equal(one: StoredTensor, other: StoredTensor) -> bool:
+    alike = (one.dtype, one.shape) == (other.dtype, other.shape)
+    return alike and all(a == b for a, b in zip(one.blocks(), other.blocks(), strict=True))
+
+
 def copy_tensors(path: Path, tensors: Mapping[str, StoredTensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write tensors of other files to a new one as they are, in the order of their names, some megabytes at a time.
 

@@ -145,3 +145,11 @@ def test_the_file_is_published_hashed_and_replaced_with_the_model(tmp_path):
     subject = read_subject(tmp_path / "out")
     staging.check(subject)
     assert {"other.safetensors", "video_preprocessor_config.json"} <= set(subject.sources) and not subject.left_out
+
+
+def test_an_index_of_files_that_were_before_lacks_nothing(tmp_path):
+    base = build_model(tmp_path / "base", "llama")
+    names = mx.load(str(base / "model.safetensors"))
+    index = {"weight_map": dict.fromkeys(names, "model-00001-of-00002.safetensors") | {"mtp.weight": "mtp.safetensors"}}
+    files.write_json(base / "model.safetensors.index.json", index)
+    assert left_out(resolve_base(base)) == ({}, ["mtp.weight"])

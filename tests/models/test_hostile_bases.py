@@ -241,3 +241,17 @@ def test_a_shard_that_is_missing_is_named(tiny_model, tmp_path):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
     with pytest.raises(ModelError, match="it lacks model-00002-of-00002"):
         load_model(resolve_base(folder))
+
+
+@pytest.mark.parametrize("second", ["model.safetensors", "model.fp16.safetensors", "model-00001-of-00003.safetensors"])
+def test_weights_of_two_models_in_one_folder_are_refused(tiny_model, tmp_path, second):
+    """Which file counts would be left to the order in which the disk lists them."""
+    folder, first = tmp_path / "base", "model-00001-of-00001.safetensors"
+    shutil.copytree(tiny_model("llama", bits=4), folder)
+    (folder / "model.safetensors").rename(folder / first)
+    shutil.copy(folder / first, folder / second)
+    load_model(resolve_base(folder))  # twice the same is one model
+    shutil.copy(tiny_model("llama", bits=4, seed=1) / "model.safetensors", folder / second)
+    with pytest.raises(AdapterError, match=r"holds weights of two models: '.*' is another") as error:
+        load_model(resolve_base(folder))
+    assert first in str(error.value) and second in str(error.value) and error.value.hint
