@@ -196,4 +196,15 @@ def refusals(refused: Callable[[str], AdapterError]) -> Iterator[None]:
         said = f"it has no {said}" if isinstance(error, KeyError) and len(error.args) == 1 else said
         said = VALIDATED.sub("", LACKING.sub("it has no ", " ".join(said.split())))
         why = said[:300].rstrip(".") or type(error).__name__
-        raise refused(why) from error
+        raise not_compiled(error) or refused(why) from error
+
+
+def not_compiled(error: BaseException) -> ModelError | None:
+    """What to tell where MLX could not compile what a CPU computes, None for any other error."""
+    if not any(words in str(error) for words in ("Failed to compile function", "temp_directory_path")):
+        return None
+    why = str(error).strip().partition("\n")[0].rpartition(": ")[2]
+    return ModelError(
+        f"MLX could not compile what the CPU computes: {why}.",
+        "it does so in the temporary folder ($TMPDIR, else /tmp): is that there, with room, and may you write in it?",
+    )

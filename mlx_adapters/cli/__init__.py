@@ -15,7 +15,7 @@ import mlx_adapters
 from mlx_adapters.cli import _output
 from mlx_adapters.cli._help import ALIASES, COMMANDS, GROUPS, TYPED
 from mlx_adapters.cli._notify import notifying
-from mlx_adapters.errors import AdapterError, NotFoundError
+from mlx_adapters.errors import AdapterError, NotFoundError, not_compiled
 from mlx_adapters.system.interrupt import raise_again, raising
 
 
@@ -125,10 +125,11 @@ def main() -> None:
         gone = isinstance(error, BrokenPipeError) or type(sys.stdout).__name__.endswith("PacifyFlushWrapper")
         code = 0 if gone else error.code  # type: ignore[union-attr]
     except (AdapterError, OSError, UnicodeError, MemoryError, RuntimeError) as error:
-        if _output.debugging() or not _expected(error):
+        told = not_compiled(error) or error
+        if _output.debugging() or not _expected(told):
             raise
-        _output.error(*_said(error))
-        code = getattr(error, "exit_code", 1)
+        _output.error(*_said(told))
+        code = getattr(told, "exit_code", 1)
     _output.discard()
     sys.exit(code if isinstance(code, int | str) else 0)
 

@@ -93,6 +93,17 @@ def test_the_system_s_refusals_are_said_in_a_sentence(monkeypatch, capsys):
         (OSError("odd"), "Error: The system refused: odd.\n"),
         (UnicodeEncodeError("utf-8", "\ud800", 0, 1, "surrogates not allowed"), "Error: A text is not valid Unicode"),
         (MemoryError(), "Error: There is not enough memory.\n"),
+        (
+            RuntimeError("filesystem error: temp_directory_path: No such file or directory"),
+            "Error: MLX could not compile what the CPU computes: No such file or directory.\nHint: it does so",
+        ),
+        (
+            RuntimeError(
+                '[Compile::eval_cpu] Failed to compile function F: "g++ ..." 2>&1", the output is: '
+                "/tmp/a.cpp:1: fatal error: error closing /tmp/cc.s: No space left on device\ncompilation terminated."
+            ),
+            "Error: MLX could not compile what the CPU computes: No space left on device.\n",
+        ),
         (RuntimeError("[malloc] Unable to allocate 9 bytes."), "Error: There is not enough memory.\n"),
     ]
     for error, said in refusals:
