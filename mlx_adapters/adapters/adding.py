@@ -16,9 +16,9 @@ from mlx_adapters.models.metadata import read_metadata
 from mlx_adapters.sources import lookup, references, registry
 from mlx_adapters.sources.intake import write_own_form
 from mlx_adapters.storage import files, paths, replacing
+from mlx_adapters.storage.files import iterations_of
 from mlx_adapters.storage.hf_names import NPZ
 from mlx_adapters.storage.replacing import README, Output
-from mlx_adapters.storage.tensor_files import iterations_of
 from mlx_adapters.storage.tensor_names import (
     ADAPTER_FILE,
     ADAPTER_OUTPUT,

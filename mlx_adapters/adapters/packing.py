@@ -24,7 +24,7 @@ from mlx_adapters.models.base import Base
 from mlx_adapters.models.metadata import read_config, read_version
 from mlx_adapters.sources import lookup
 from mlx_adapters.storage import files, paths, replacing
-from mlx_adapters.storage.tensor_files import iterations_of
+from mlx_adapters.storage.files import iterations_of
 from mlx_adapters.storage.tensor_names import (
     ADAPTER_FILE,
     CONFIG_FILE,

@@ -110,10 +110,7 @@ def _is_copy(tensor: StoredTensor, others: Iterable[StoredTensor]) -> bool:
     if len(tensor.shape) < 2:
         return False
     start = tensor.read(0, LOOK)
-    alike = [o for o in others if (o.dtype, o.shape) == (tensor.dtype, tensor.shape) and o.read(0, LOOK) == start]
-    return len(set(start)) > 1 and any(
-        all(a == b for a, b in zip(tensor.blocks(), other.blocks(), strict=True)) for other in alike
-    )
+    return len(set(start)) > 1 and any(tensor.equals(other) for other in others if other.read(0, LOOK) == start)
 
 
 def hand_on(tensors: Stored, missing: list[str], folder: Path, twins: Mapping[str, str] | None = None) -> list[str]:

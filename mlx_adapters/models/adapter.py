@@ -275,7 +275,7 @@ def weights_file(folder: Path, iteration: int | None = None) -> Path:
     path = folder / (ADAPTER_FILE if iteration is None else tensor_names.checkpoint_file(iteration))
     if path.is_file():
         return path
-    there = ", ".join(map(str, tensor_files.iterations_of(folder)))
+    there = ", ".join(map(str, files.iterations_of(folder)))
     if iteration is None:
         if (folder / "config.json").is_file():
             raise NotFoundError(f"'{folder}' is a model, not an adapter.", "name it as the base: --base.")

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from mlx_adapters.config.data import DataConfig
 from mlx_adapters.config.mapping import from_mapping, to_mend
 from mlx_adapters.errors import AdapterError, ConfigError, FormatError
-from mlx_adapters.storage import files, locks, tensor_files
+from mlx_adapters.storage import files, locks
 from mlx_adapters.storage.replacing import read_whole
 from mlx_adapters.storage.tensor_names import ADAPTER_FILE, CONFIG_FILE, METADATA_FILE
 
@@ -308,7 +308,7 @@ def read_version(folder: Path, read: Callable[[], T], also: Sequence[str] = ()) 
 def _is_behind(folder: Path) -> bool:
     """Whether the record is not yet that of the weights."""
     try:
-        chosen = tensor_files.chosen_iteration(folder, None)
+        chosen = files.chosen_iteration(folder, None)
         return chosen is not None and _read(folder / METADATA_FILE).get("iteration") != chosen
     except (AdapterError, OSError):
         return False
@@ -320,7 +320,7 @@ def _of_the_weights(folder: Path, metadata: dict[str, Any]) -> dict[str, Any]:
     It is replaced in one step, and the metadata after it: a kill in between leaves these behind.
     """
     recorded = metadata.get("iteration")
-    chosen = tensor_files.chosen_iteration(folder, recorded)
+    chosen = files.chosen_iteration(folder, recorded)
     if chosen is None or chosen == recorded:
         return metadata
     sums = {name: value for name, value in (metadata.get("sha256") or {}).items() if name != ADAPTER_FILE}

@@ -27,8 +27,9 @@ from mlx_adapters.storage.paths import (
     unreadable,
     why_gone,
 )
-from mlx_adapters.storage.replacing import NOTHING, Output, refuse_existing
+from mlx_adapters.storage.replacing import NOTHING, Output, refuse_existing, stat_of
 from mlx_adapters.storage.temporaries import clone, draft, flush_path, flush_tree, in_draft, swap_in
+from mlx_adapters.storage.tensor_names import ADAPTER_FILE, CHECKPOINT_FILE, checkpoint_file
 
 DAMAGED = "it may be damaged, or saved as another kind of file; copy or download it again."
 
@@ -257,3 +258,26 @@ def sha256(path: Path) -> str:
     """SHA-256 of a file as hexadecimal."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def chosen_iteration(folder: Path, recorded: int | None) -> int | None:
+    """The checkpoint that `adapters.safetensors` is a copy of, or a hard link to, as earlier versions made.
+
+    It is known by its size and time; where several have these, by its bytes. If by none, it is the one `recorded`.
+    """
+    weights = stat_of(folder / ADAPTER_FILE)
+    if weights is None:
+        return recorded
+    stats = {iteration: stat_of(folder / checkpoint_file(iteration)) for iteration in iterations_of(folder)}
+    known = (weights.st_size, weights.st_mtime_ns)
+    likely = [iteration for iteration, s in stats.items() if s and (s.st_size, s.st_mtime_ns) == known]
+    if len(likely) > 1:
+        own = sha256(folder / ADAPTER_FILE)
+        likely = [iteration for iteration in likely if sha256(folder / checkpoint_file(iteration)) == own]
+    return recorded if recorded in likely or len(likely) != 1 else likely.pop()
+
+
+def iterations_of(folder: Path) -> tuple[int, ...]:
+    """The iterations that the folder has checkpoints of, ascending."""
+    matches = (CHECKPOINT_FILE.fullmatch(path.name) for path in Path(folder).iterdir())
+    return tuple(sorted(int(match.group(1)) for match in matches if match))

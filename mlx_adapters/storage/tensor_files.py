@@ -19,11 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from mlx_adapters.errors import FormatError, NotFoundError
-from mlx_adapters.storage.files import atomic_file, sha256
+from mlx_adapters.storage.files import atomic_file
 from mlx_adapters.storage.paths import refuse_pointer, require_free_space, undrafted, unreadable, why_gone
-from mlx_adapters.storage.replacing import stat_of
 from mlx_adapters.storage.temporaries import flush
-from mlx_adapters.storage.tensor_names import ADAPTER_FILE, CHECKPOINT_FILE, checkpoint_file
 
 BLOCK = 16 << 20  # bytes copied at once
 LARGE, WAITING = 4 << 20, 2  # bytes of a tensor that is hashed and written beside the next ones, on a GPU; so many wait
@@ -292,6 +290,11 @@ class StoredTensor:
         """Its bytes, some megabytes at a time."""
         return (self.read(first, BLOCK) for first in range(0, self.nbytes, BLOCK))
 
+    def equals(self, other: "StoredTensor") -> bool:
+        """Whether the other is the same, byte for byte."""
+        alike = (self.dtype, self.shape) == (other.dtype, other.shape)
+        return alike and all(a == b for a, b in zip(self.blocks(), other.blocks(), strict=True))
+
 
 def stored_tensors(path: Path) -> dict[str, StoredTensor]:
     """Where the tensors of a safetensors file lie, by name. Raises NotFoundError or FormatError."""
@@ -306,27 +309,19 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
 
 
 def refuse_two_values(paths: Iterable[Path]) -> None:
-    """Raise FormatError where files hold a tensor of one name with different numbers, or one is broken.
+    """Raise FormatError where files hold a tensor of one name with different numbers, or one of them is broken.
 
     Which of them mlx-lm takes is left to the order in which the disk lists files.
     """
-    seen: dict[str, Path] = {}
+    seen: dict[str, StoredTensor] = {}
     for path in paths:
-        names = read_safetensors_header(path)[0].keys()
-        for other in sorted({seen[name] for name in names & seen.keys()}):
-            mine, theirs = stored_tensors(path), stored_tensors(other)
-            for name in sorted(mine.keys() & theirs.keys()):
-                if not _equal(mine[name], theirs[name]):
-                    how = f"'{name}' is another in {other.name} than in {path.name}"
-                    raise FormatError(
-                        f"'{path.parent}' holds weights of two models: {how}.", "keep the files of one in the folder."
-                    )
-        seen |= dict.fromkeys(names, path)
-
-
-def _equal(one: StoredTensor, other: StoredTensor) -> bool:
-    alike = (one.dtype, one.shape) == (other.dtype, other.shape)
-    return alike and all(a == b for a, b in zip(one.blocks(), other.blocks(), strict=True))
+        for name, tensor in stored_tensors(path).items():
+            other = seen.setdefault(name, tensor)
+            if other is not tensor and not tensor.equals(other):
+                how = f"'{name}' is another in {other.path.name} than in {path.name}"
+                raise FormatError(
+                    f"'{path.parent}' holds weights of two models: {how}.", "keep the files of one in the folder."
+                )
 
 
 def copy_tensors(path: Path, tensors: Mapping[str, StoredTensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -347,26 +342,3 @@ def copy_tensors(path: Path, tensors: Mapping[str, StoredTensor], metadata: Mapp
         for name in names:
             for block in tensors[name].blocks():
                 stream.write(block)
-
-
-def chosen_iteration(folder: Path, recorded: int | None) -> int | None:
-    """The checkpoint that `adapters.safetensors` is a copy of, or a hard link to, as earlier versions made.
-
-    It is known by its size and time; where several have these, by its bytes. If by none, it is the one `recorded`.
-    """
-    weights = stat_of(folder / ADAPTER_FILE)
-    if weights is None:
-        return recorded
-    stats = {iteration: stat_of(folder / checkpoint_file(iteration)) for iteration in iterations_of(folder)}
-    known = (weights.st_size, weights.st_mtime_ns)
-    likely = [iteration for iteration, s in stats.items() if s and (s.st_size, s.st_mtime_ns) == known]
-    if len(likely) > 1:
-        own = sha256(folder / ADAPTER_FILE)
-        likely = [iteration for iteration in likely if sha256(folder / checkpoint_file(iteration)) == own]
-    return recorded if recorded in likely or len(likely) != 1 else likely.pop()
-
-
-def iterations_of(folder: Path) -> tuple[int, ...]:
-    """The iterations that the folder has checkpoints of, ascending."""
-    matches = (CHECKPOINT_FILE.fullmatch(path.name) for path in Path(folder).iterdir())
-    return tuple(sorted(int(match.group(1)) for match in matches if match))

@@ -320,7 +320,7 @@ def copy_weights(run: Path, meant: int) -> None:
         if CHECKPOINT_FILE.fullmatch(path.name) and path.name not in {checkpoint_file(i) for i in there}:
             files.remove(path)
     chosen, target = run / checkpoint_file(meant), run / ADAPTER_FILE
-    if tensor_files.chosen_iteration(run, None) != meant or not _is_copy(target, chosen):
+    if files.chosen_iteration(run, None) != meant or not _is_copy(target, chosen):
         files.copy_file(chosen, target)
 
 

@@ -21,7 +21,7 @@ from mlx_adapters.adapters import adding, inspecting, keeping, packing, project,
 from mlx_adapters.cli import cli
 from mlx_adapters.errors import ConfigError, ExistsError, HubError, NotFoundError, StorageError, TrainingError
 from mlx_adapters.sources import lookup, registry
-from mlx_adapters.storage import files, locks, paths, tensor_files
+from mlx_adapters.storage import files, locks, paths
 
 ROOT = Path(__file__).parents[2]
 
@@ -249,7 +249,7 @@ COMMANDS = {
 
 def link_as_earlier_versions_did(folder: Path) -> None:
     """Hard links, where copies are made today."""
-    for iteration in tensor_files.iterations_of(folder):
+    for iteration in files.iterations_of(folder):
         copy = folder / f"{iteration:07d}_adapters.safetensors"
         copy.unlink()
         os.link(folder / "checkpoints" / f"{iteration:07d}" / "adapters.safetensors", copy)
