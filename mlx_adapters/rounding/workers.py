@@ -222,8 +222,7 @@ class Workers:
         mx.eval(task.arrays)  # another thread than the one that made them cannot
         need = task.nbytes
         with self._room:
-            while not self._room.wait_for(lambda: self._has_room(need), timeout=1):
-                pass  # a signal that came just before such a wait is seen when it ends
+            self._room.wait_for(lambda: self._has_room(need))
             self._used, self._flying = self._used + need, self._flying + 1
         future = self._threads.submit(self._run, task)
         future.add_done_callback(lambda _: self._leave(need))

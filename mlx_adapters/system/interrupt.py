@@ -1,6 +1,7 @@
 """How long work is ended before it is done: by a signal, by what watches it, or by what that raises."""
 
 import contextlib
+import functools
 import os
 import signal
 import threading
@@ -13,6 +14,7 @@ from mlx_adapters.events import Event, OnEvent, wants_to_stop
 from mlx_adapters.system.machine import PARENT
 
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, a shutdown, a closed terminal
+NUDGE = signal.SIGURG  # one that nobody else uses, and that does nothing but end a wait
 
 
 class Terminated(KeyboardInterrupt):
@@ -24,6 +26,29 @@ def raising() -> None:
     for number in STOPS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else _terminate)
+    _end_waits(os.getpid())
+
+
+@functools.cache
+def _end_waits(process: int) -> None:
+    """From now on a signal of STOPS ends whatever the main thread waits for.
+
+    Python acts on a signal in the main thread, between two steps. One that comes just before that thread begins to
+    wait, or that the system gives to another thread, leaves it waiting, for good if only the signal would end that. So
+    a thread, which hears of each signal as it comes, sends the main one another until it has looked.
+    """
+    looked, (heard, told) = threading.Event(), os.pipe()
+    os.set_blocking(told, False)
+    signal.signal(NUDGE, lambda *_: looked.set())
+    signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+
+    def listen() -> None:
+        while come := os.read(heard, 1):
+            looked.clear()
+            while come[0] in STOPS and not looked.wait(0.1):
+                signal.pthread_kill(threading.main_thread().ident or 0, NUDGE)
+
+    threading.Thread(target=listen, name="signals", daemon=True).start()
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

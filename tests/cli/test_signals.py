@@ -55,6 +55,44 @@ def test_the_program_ends_before_python_clears_up():
     assert ended.returncode == 2 and ended.stdout == "at the end\n" and "--nonsense" in ended.stderr
 
 
+WAITS = {
+    "a lock": "lock.acquire()",
+    "a future": "concurrent.futures.Future().result()",
+    "a queue": "queue.SimpleQueue().get()",
+    "a thread": "thread.join()",
+    "a condition": "threading.Event().wait()",
+}
+
+
+@pytest.mark.parametrize("number", STOPS)
+@pytest.mark.parametrize("wait", WAITS.values(), ids=WAITS)
+def test_a_signal_that_does_not_reach_the_main_thread_ends_its_wait(wait, number):
+    """As one that comes just before it begins to wait: Python has taken it, and looks at it when the wait ends."""
+    code = f"""
+import concurrent.futures, os, queue, signal, threading, time
+from mlx_adapters.system.interrupt import raising
+signal.signal(signal.SIGHUP, signal.SIG_DFL), signal.signal(signal.SIGINT, signal.default_int_handler), raising()
+lock = threading.Lock()
+lock.acquire()
+signal.pthread_sigmask(signal.SIG_BLOCK, [{number:d}])
+thread = threading.Thread(target=lock.acquire, daemon=True)
+thread.start()
+def send():
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [{number:d}])
+    time.sleep(0.2)  # the main thread waits by now
+    signal.pthread_kill(threading.get_ident(), {number:d})
+threading.Thread(target=send, daemon=True).start()
+try:
+    {wait}
+except KeyboardInterrupt as error:
+    os.write(1, type(error).__name__.encode())
+os._exit(0)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    told = "KeyboardInterrupt" if number == signal.SIGINT else "Terminated"
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, told, "")
+
+
 @pytest.mark.parametrize("number", STOPS)
 def test_a_signal_that_comes_while_a_library_clears_up_is_not_lost(number, handlers, monkeypatch):
     class Cleared:
