@@ -28,7 +28,7 @@ from mlx_adapters.storage.paths import (
     why_gone,
 )
 from mlx_adapters.storage.replacing import NOTHING, Output, refuse_existing, stat_of
-from mlx_adapters.storage.temporaries import clone, draft, flush_path, flush_tree, in_draft, swap_in
+from mlx_adapters.storage.temporaries import clone, draft, flush_path, flush_tree, in_draft, remove_tree, swap_in
 from mlx_adapters.storage.tensor_names import ADAPTER_FILE, CHECKPOINT_FILE, checkpoint_file
 
 DAMAGED = "it may be damaged, or saved as another kind of file; copy or download it again."
@@ -251,7 +251,7 @@ def remove(path: Path, ours: Output | None = None) -> None:
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            shutil.rmtree(path)  # there is no room for a draft; what is deleted makes some
+            remove_tree(path)  # there is no room for a draft; what is deleted makes some
 
 
 def sha256(path: Path) -> str:

@@ -10,6 +10,7 @@ import errno
 import fcntl
 import os
 import shutil
+import stat
 import sys
 import tempfile
 import time
@@ -88,9 +89,17 @@ def _discard(folder: Path) -> None:
     """Remove a draft, its marker last: what is left by a kill still proves to be ours."""
     for entry in folder.iterdir():
         if entry.name != MARKER:
-            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+            remove_tree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
     (folder / MARKER).unlink(missing_ok=True)
     folder.rmdir()
+
+
+def remove_tree(folder: Path) -> None:
+    """Remove a folder of ours, also where folders in it are protected from writing. Raises OSError."""
+    for place, _, _ in os.walk(folder):
+        with contextlib.suppress(OSError):
+            os.chmod(place, stat.S_IRWXU)
+    shutil.rmtree(folder)
 
 
 def swap_in(new: Path, path: Path) -> None:

@@ -412,3 +412,17 @@ def test_what_lies_on_a_full_disk_can_be_removed(tmp_path, monkeypatch):
     monkeypatch.setattr(temporaries.tempfile, "mkdtemp", full)
     files.remove(make(tmp_path / "parts", "a", "sub/b"))
     assert os.listdir(tmp_path) == []
+
+
+def test_what_is_protected_from_writing_leaves_nothing_behind(tmp_path, monkeypatch):
+    def as_a_user(folder, rmtree=temporaries.shutil.rmtree):
+        if any(not os.stat(place).st_mode & stat.S_IWUSR for place, _, _ in os.walk(folder)):
+            raise PermissionError(errno.EACCES, "Permission denied", str(folder))
+        rmtree(folder)
+
+    monkeypatch.setattr(temporaries.shutil, "rmtree", as_a_user)
+    make(tmp_path / "run", "weights.bin", "checkpoints/2/state")
+    for folder in ("run/checkpoints/2", "run/checkpoints"):
+        (tmp_path / folder).chmod(0o555)
+    files.remove(tmp_path / "run")
+    assert os.listdir(tmp_path) == []
