@@ -63,7 +63,10 @@ def peft_weight_files(folder: Path) -> list[Path]:
             raise FormatError(f"'{folder}' holds the parts that {what} cut its weights into, such as {name}.", cure)
     if not (folder / CONFIG_FILE).is_file():
         raise NotFoundError(f"'{folder}' is no adapter: it has no {CONFIG_FILE}.", "is it the right folder?")
-    raise NotFoundError(f"'{folder}' has no {PEFT_WEIGHTS_FILE}.", "a config alone is no adapter: copy both.")
+    lacks = f"'{folder}' has no {PEFT_WEIGHTS_FILE}"
+    if others := [path.name for path in paths.visible(folder, "*.safetensors")]:
+        raise NotFoundError(f"{lacks}, but {others[0]}.", "if that is the adapter's, rename it so.")
+    raise NotFoundError(f"{lacks}.", "a config alone is no adapter: copy both.")
 
 
 def refuse_parts(header: Mapping[str, Any], path: Path) -> None:

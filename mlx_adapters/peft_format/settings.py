@@ -4,6 +4,7 @@ The update of a module is alpha / r · B A, or alpha / √r · B A for rsLoRA (a
 differ by module, chosen by the first regular expression that matches the end of the module's path.
 """
 
+import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -57,6 +58,13 @@ class PeftSettings:
     def parse(cls, raw: Mapping[str, Any]) -> "PeftSettings":
         """Check a config. Raises FormatError with the reason if MLX cannot express what it asks for."""
         _refuse_other_methods(raw)
+        for field, value in raw.items():
+            try:
+                json.dumps(value, allow_nan=False)  # it is kept with the adapter
+            except ValueError:
+                raise FormatError(
+                    f"{field} in the PEFT config holds NaN or Infinity, which JSON has not.", MEND
+                ) from None
         settings = cls(
             raw=dict(raw),
             rank=_whole(raw.get("r", 8), "r"),

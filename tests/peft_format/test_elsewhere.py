@@ -156,6 +156,7 @@ def test_what_a_sharded_training_left_in_place_of_tensors_is_told_with_its_cure(
         ("adapter_model.bin", "pickle, adapter_model.bin", "save it again"),
         ("adapter_model-00001-of-00002.bin", "pickle, adapter_model-00001", "save it again"),
         ("README.md", "has no adapter_model.safetensors", "copy both"),
+        ("model.safetensors", "has no adapter_model.safetensors, but model.safetensors", "rename it so"),
     ],
 )
 def test_a_folder_without_whole_weights_says_what_it_has(tmp_path, file, words, cure):

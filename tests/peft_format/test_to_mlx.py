@@ -1,6 +1,7 @@
 """PEFT's own adapters, made by the real peft, give PEFT's own logits here, or are refused with the reason."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -166,6 +167,8 @@ def test_damaged_tensors_are_refused(change, reason: str, adapter_folder: Path, 
         ({"lora_alpha": 0}, "does nothing"),
         ({"lora_alpha": 1e400}, "lora_alpha"),
         ({"use_rslora": 1}, "use_rslora"),
+        ({"corda_config": {"rate": math.nan}}, "corda_config in the PEFT config holds NaN"),
+        ({"eval_loss": math.inf}, "eval_loss in the PEFT config holds NaN or Infinity"),
         ({"use_dora": True}, "magnitude"),
         ({"alpha_pattern": {"(": 3}}, "not a regular expression"),
         ({"alpha_pattern": {"(" * 3000: 3}}, "nested"),
