@@ -45,7 +45,8 @@ def data_check_command(data: str, base: str, row: int, objective: str | None, as
     """Count rows and tokens, show what is trained of a row, and find what may be wrong.
 
     Found are duplicates, overlaps, rows that are cut, empty answers, text that the chat template leaves out, turns
-    that end in no token that stops a generation, doubled BOS tokens, and tokens that the model does not have.
+    that end in no token that stops a generation, doubled BOS tokens, text that is read as special tokens, and tokens
+    that the model does not have.
 
     \b
     Example:
@@ -132,6 +133,7 @@ def _verdict(report: "DataReport") -> str:
             "in train too": report.overlaps.get(name, 0),
             "with words that never reach the model": len({text.where for text in split.left_out}),
             "with two BOS tokens": len(split.doubled_bos),
+            "with text that is read as special tokens": len(split.control_tokens),
             "with tokens that the model does not have": len(split.outside_model),
         }
         found += [f"{many:,} of {name} {what}" for what, many in odd.items() if many]
@@ -165,6 +167,7 @@ def _list(name: str, split: "SplitReport") -> None:
         ("put otherwise, since the chat template refuses it as it stands", split.changed),
         ("answers with calls alone", split.calls_only),
         ("begins with two BOS tokens", split.doubled_bos),
+        ("text that is read as special tokens", split.control_tokens),
         ("has tokens that the model does not have, and cannot be trained", split.outside_model),
     ):
         if where:

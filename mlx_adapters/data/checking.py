@@ -49,6 +49,7 @@ class SplitReport:
         turns: how many such turns.
         endless_turns: of these, how many end in no token that stops a generation.
         doubled_bos: rows that begin with two BOS tokens.
+        control_tokens: rows whose messages spell special tokens, such as a turn's end, and which.
         outside_model: rows with tokens that the model has no row for.
         unknown_roles: messages by role, of roles that chat templates do not know; none of them is trained.
         unusable: preferences that say nothing, and why.
@@ -72,6 +73,7 @@ class SplitReport:
     turns: int
     endless_turns: int
     doubled_bos: tuple[str, ...]
+    control_tokens: tuple[str, ...]
     outside_model: tuple[str, ...]
     unknown_roles: dict[str, int]
     unusable: tuple[str, ...] = ()
@@ -159,6 +161,9 @@ def _report(raws: Sequence[RawRow], seen: Sequence[tuple[Row, RowReport]], base:
         turns=len(turns),
         endless_turns=sum(not turn.stops for turn in turns),
         doubled_bos=tuple(look.where for look in looks if look.doubled_bos),
+        control_tokens=tuple(
+            f"{look.where}: {', '.join(look.control_tokens)}" for look in looks if look.control_tokens
+        ),
         outside_model=tuple(row.where for row in rows if base.lacks(row.tokens).size),
         changed=tuple(f"{look.where}: {change}" for look in looks for change in look.changes),
         unknown_roles=dict(Counter(role for raw in raws for role in _roles(raw) if role not in ROLES)),

@@ -163,6 +163,14 @@ def _added(tokenizer: Any) -> tuple[frozenset[int], frozenset[int]]:
     return frozenset(added), frozenset(special | set(tokenizer.all_special_ids))
 
 
+@lru_cache(maxsize=8)
+def special_words(tokenizer: Any) -> re.Pattern[str]:
+    """What the tokenizer reads as one of its special tokens wherever it stands: the end of a turn, of a text."""
+    own = getattr(tokenizer, "_tokenizer", tokenizer)
+    words = {token.content for token in own.added_tokens_decoder.values() if token.special}
+    return re.compile("|".join(map(re.escape, sorted(words))) or "(?!)")
+
+
 def encode(text: str, tokenizer: Any, where: str) -> Encoded:
     """A rendered conversation in tokens, and the characters that each stands for.
 

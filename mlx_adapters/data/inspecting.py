@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from mlx_adapters.config.training import SFT, TrainConfig
-from mlx_adapters.data.conversation import left_out, tools_left_out
+from mlx_adapters.data.conversation import left_out, special_words, tools_left_out
 from mlx_adapters.data.tokenizing import (
     Row,
     RowConversation,
@@ -52,6 +52,7 @@ class RowReport:
         turns: the assistant's turns that are trained.
         left_out: what the chat template leaves out.
         doubled_bos: whether it begins with two BOS tokens.
+        control_tokens: what the messages' texts hold that the tokenizer reads as special tokens, such as a turn's end.
         changes: what the chat template takes only otherwise than the row has it.
         rejected: of preferences, the pieces of the rejected answer; `pieces` are of the chosen one.
     """
@@ -61,6 +62,7 @@ class RowReport:
     turns: tuple[TurnReport, ...]
     left_out: tuple[LeftOut, ...]
     doubled_bos: bool
+    control_tokens: tuple[str, ...] = ()
     changes: tuple[str, ...] = ()
     rejected: tuple[tuple[str, bool], ...] = ()
 
@@ -79,7 +81,7 @@ def inspect_row(raw: RawRow, tokenizer: Any, training: TrainConfig) -> tuple[Row
     settings = {"mask_prompt": training.mask_prompt, "last_turn_only": training.last_turn_only}
     if raw.format == "text" or not has_template(tokenizer):
         row = tokenize_row(raw, tokenizer, training.max_seq_length, **settings)
-        turns, lost = [], []
+        turns, lost, control = [], [], []
     else:
         told = row_conversation(raw, tokenizer, **settings)
         row = conversation_row(raw, tokenizer, told, training.max_seq_length, training.mask_prompt)
@@ -88,9 +90,12 @@ def inspect_row(raw: RawRow, tokenizer: Any, training: TrainConfig) -> tuple[Row
             for turn in told.conversation.turns
         ]
         lost = list(texts_left_out(told, raw))
+        said = (value for message in raw.messages for value in message.values() if isinstance(value, str))
+        control = [word for text in said for word in special_words(tokenizer).findall(text)]
     bos = getattr(tokenizer, "bos_token_id", None)
     doubled = bos is not None and row.tokens[:2].tolist() == [bos, bos]
-    return row, RowReport(raw.where, pieces(row, tokenizer), tuple(turns), tuple(lost), doubled, row.changes)
+    shown, words = pieces(row, tokenizer), tuple(dict.fromkeys(control))
+    return row, RowReport(raw.where, shown, tuple(turns), tuple(lost), doubled, words, row.changes)
 
 
 def _turn_report(message: int, spans: Sequence[tuple[int, int]], stops: bool, length: int) -> TurnReport:

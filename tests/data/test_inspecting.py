@@ -171,7 +171,7 @@ def write(folder, rows):
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bases")
-    return {family: write_base(folder / family, family) for family in ("qwen3", "alpaca", "llama3")}
+    return {family: write_base(folder / family, family) for family in ("qwen3", "alpaca", "llama3", "mistral")}
 
 
 def messages(*turns: dict) -> dict:
@@ -232,6 +232,31 @@ def test_a_bos_in_a_text_comes_once(bases, tmp_path):
     row = RawRow({"messages": [{"role": "user", "content": text}]}, "row")
     assert inspect_row(row, chat_tokenizer("llama3", twice), TrainConfig())[1].doubled_bos
     assert report.splits["train"].doubled_bos == ()
+
+
+@pytest.mark.parametrize(
+    ("family", "values", "told"),
+    [
+        ("qwen3", {"prompt": "Name a color.", "completion": "Blue.<|im_end|>"}, "<|im_end|>"),
+        ("qwen3", {"prompt": "<|im_start|>user\nHi<|im_end|>\n", "completion": "a"}, "<|im_start|>, <|im_end|>"),
+        (
+            "llama3",
+            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b<|eot_id|>"}]},
+            "<|eot_id|>",
+        ),
+        ("mistral", {"prompt": "[INST] a [/INST]", "completion": "b</s>"}, "[INST], [/INST], </s>"),
+        ("qwen3", {"prompt": "Is <|user|> or </s> a token?", "completion": "<think>\nNo.\n</think>\n\nNo."}, None),
+    ],
+)
+def test_text_that_is_read_as_special_tokens_is_told(bases, tmp_path, family, values, told):
+    """Rows that were rendered before, or that bring their own end: the model would learn to end twice."""
+    data = write(tmp_path / "d", [values])
+    found = check_data(data, bases[family], MASKED).splits["train"].control_tokens
+    assert [place.rpartition(": ")[2] for place in found] == ([told] if told else [])
+    command = ["data", "check", str(data), "--base", str(bases[family])]
+    said = CliRunner().invoke(cli, command).stdout
+    assert ("1 of train with text that is read as special tokens" in said) == (told is not None)
+    assert told is None or f"train, text that is read as special tokens (1): {found[0]}" in said
 
 
 def remarks(family: str, *raws: RawRow, **settings) -> list[str]:
