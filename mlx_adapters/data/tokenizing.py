@@ -22,6 +22,7 @@ from mlx_adapters.data.conversation import (
     tools_left_out,
 )
 from mlx_adapters.errors import FormatError
+from mlx_adapters.models.model import prompt_tokens
 from mlx_adapters.rows.row import RawRow
 from mlx_adapters.templates.fitting import Fitted, rendered
 from mlx_adapters.templates.tracing import NOT_SAID
@@ -279,9 +280,9 @@ def _with_end(tokens: Tokens, tokenizer: Any) -> Tokens:
     return tokens if end is None or tokens[-1:] == [end] else [*tokens, end]
 
 
-def _encoded(text: str, tokenizer: Any) -> Tokens:
-    """A text with the tokens that the tokenizer puts around it; a BOS that stands in the text already comes once."""
-    tokens, bos = list(tokenizer.encode(text)), tokenizer.bos_token_id
+def _once(tokens: Tokens, tokenizer: Any) -> Tokens:
+    """A text's tokens; a BOS that stands in the text beside the tokenizer's own comes once."""
+    bos = tokenizer.bos_token_id
     return tokens[1:] if bos is not None and tokens[:2] == [bos, bos] else tokens
 
 
@@ -291,12 +292,12 @@ def _text(raw: RawRow, tokenizer: Any, mask_prompt: bool) -> Tokens:
             f"{raw.where}: a text row has no prompt to mask.",
             "use prompt-completion or chat rows, or train without --mask-prompt.",
         )
-    return _with_end(_encoded(raw.text, tokenizer), tokenizer)
+    return _with_end(_once(list(tokenizer.encode(raw.text)), tokenizer), tokenizer)
 
 
 def _plain_completion(raw: RawRow, tokenizer: Any) -> tuple[Tokens, np.ndarray]:
     """Without a chat template a prompt and its completion are simply joined."""
-    prompt = _encoded(raw.prompt, tokenizer)
+    prompt = _once(prompt_tokens(raw.prompt, tokenizer), tokenizer)
     answer = list(tokenizer.encode(raw.completion, add_special_tokens=False))
     tokens = _with_end(prompt + answer, tokenizer)
     return tokens, np.arange(len(tokens)) >= len(prompt)

@@ -21,6 +21,16 @@ from mlx_adapters.system.limits import LONGEST_TEXT
 from mlx_adapters.templates.fitting import Fitted, rendered
 
 
+def prompt_tokens(text: str, tokenizer: Any) -> list[int]:
+    """A text that is to be gone on with, in tokens: with what the tokenizer puts before it (BOS), and not with the EOS
+    that some put behind every text (`add_eos_token`), after which there is nothing to say."""
+    tokens = list(tokenizer.encode(text))
+    if tokens[-1:] != [tokenizer.eos_token_id]:
+        return tokens
+    own = list(tokenizer.encode(text, add_special_tokens=False))
+    return tokens if own and tokens[-len(own) :] == own else tokens[:-1]
+
+
 @dataclass(repr=False)
 class Model:
     """A loaded base model with at most one adapter on it.
@@ -155,7 +165,7 @@ class Model:
         if self.has_template and not raw:
             return self.encode_chat([{"role": "user", "content": prompt}], own=own)
         _require_text(prompt)
-        return list(self.tokenizer.encode(prompt))
+        return prompt_tokens(prompt, self.tokenizer)
 
     def encode_chat(
         self,

@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse, Response
 from mlx_adapters.answers.constraints import Constraint, Grammar, Grammars
 from mlx_adapters.answers.reading import Answer, AnswerReader
 from mlx_adapters.errors import ModelError
-from mlx_adapters.models.model import Model
+from mlx_adapters.models.model import Model, prompt_tokens
 from mlx_adapters.protocols.chat import CompletionWriter, FunctionWriter, Writer, embeddings_body
 from mlx_adapters.protocols.conversation import Conversation, has_functions, read_conversation
 from mlx_adapters.protocols.errors import ApiError, told_as
@@ -149,7 +149,7 @@ class Answering:
         self, model: str, given: Sequence[str | list[int]], width: int | None, where: str
     ) -> tuple[list[list[float]], int]:
         """A vector for each text, and how many tokens were read."""
-        prompts = [await self.plain_tokens(prompt, where) for prompt in given]
+        prompts = [await self.plain_tokens(prompt, where, whole=True) for prompt in given]
         with told_as(where):
             for prompt in prompts:
                 self.model.checked_ids(prompt)
@@ -160,14 +160,15 @@ class Answering:
             raise ApiError(400, why, param="dimensions")
         return vectors, sum(map(len, prompts))
 
-    async def plain_tokens(self, prompt: str | list[int], where: str = "prompt") -> list[int]:
-        """The tokens of a text that goes through no template. Raises ApiError 400 beyond the context."""
+    async def plain_tokens(self, prompt: str | list[int], where: str = "prompt", whole: bool = False) -> list[int]:
+        """The tokens of a text that goes through no template: one to go on with, or a `whole` one, which may end in
+        EOS. Raises ApiError 400 beyond the context."""
         if not isinstance(prompt, str):
             return prompt
 
         def encoded(model: Model) -> list[int]:
             check_fits([prompt], model, where)
-            return list(model.tokenizer.encode(prompt))
+            return list(model.tokenizer.encode(prompt)) if whole else prompt_tokens(prompt, model.tokenizer)
 
         return await self.tokenizing.run(len(prompt), encoded, where)
 

@@ -12,7 +12,9 @@ from mlx_adapters.config.training import TrainConfig
 from mlx_adapters.data.inspecting import inspect_row
 from mlx_adapters.data.tokenizing import tokenize
 from mlx_adapters.errors import ConfigError, FormatError
+from mlx_adapters.models.loading import load_model
 from mlx_adapters.rows.row import RawRow
+from mlx_adapters.sources.bases import resolve_base
 
 MASKED = TrainConfig(mask_prompt=True)
 CALL = {"type": "function", "function": {"name": "get_weather", "arguments": {"city": "Paris"}}}
@@ -257,6 +259,33 @@ def test_text_that_is_read_as_special_tokens_is_told(bases, tmp_path, family, va
     said = CliRunner().invoke(cli, command).stdout
     assert ("1 of train with text that is read as special tokens" in said) == (told is not None)
     assert told is None or f"train, text that is read as special tokens (1): {found[0]}" in said
+
+
+def test_a_prompt_does_not_end_where_the_tokenizer_puts_eos_behind_every_text(tmp_path):
+    """`add_eos_token`: what the model is to go on with would be over; a whole text ends once."""
+    base = write_base(tmp_path / "base", "llama3")
+    (base / "chat_template.jinja").unlink(missing_ok=True)
+    edit = {"tokenizer_config.json": lambda config: config.pop("chat_template", None)}
+    around = [{"SpecialToken": {"id": w, "type_id": 0}} for w in ("<|begin_of_text|>", "<|eot_id|>")]
+    backend = json.loads((base / "tokenizer.json").read_text())
+    ids = {token["content"]: token["id"] for token in backend["added_tokens"]}
+    known = {w: {"id": w, "ids": [ids[w]], "tokens": [w]} for w in ("<|begin_of_text|>", "<|eot_id|>")}
+    single = [around[0], {"Sequence": {"id": "A", "type_id": 0}}, around[1]]
+    behind = {"type": "TemplateProcessing", "single": single, "pair": [*single, *single], "special_tokens": known}
+    edit["tokenizer.json"] = lambda config: config.update(post_processor=behind)
+    for name, change in edit.items():
+        config = json.loads((base / name).read_text())
+        change(config)
+        (base / name).write_text(json.dumps(config))
+    told = (("<|begin_of_text|>hello", False), (" there<|eot_id|>", True))
+    row = {"prompt": "hello", "completion": " there"}
+    assert check_data(write(tmp_path / "d", [row]), base, MASKED).first_row == told
+    ends = {"prompt": "hello<|eot_id|>", "completion": " there"}
+    assert check_data(write(tmp_path / "d", [ends]), base, MASKED).first_row[0] == (f"{told[0][0]}<|eot_id|>", False)
+    text = check_data(write(tmp_path / "d", [{"text": "hello there"}]), base).first_row
+    assert "".join(piece for piece, _ in text) == "<|begin_of_text|>hello there<|eot_id|>"
+    model = load_model(resolve_base(base))
+    assert model.tokenizer.decode(model.encode("hello")) == told[0][0]
 
 
 def remarks(family: str, *raws: RawRow, **settings) -> list[str]:
