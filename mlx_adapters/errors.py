@@ -24,6 +24,8 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 
+from mlx_adapters.threads import Overlapping, printing_to
+
 LACKING = re.compile(r"^\w+\.__init__\(\) missing \d+ required \S+ arguments?: ")  # of a setting, in Python's words
 VALIDATED = re.compile(r"^(Class v|V)alidation error for \w+ '\w+': \w+: ")  # before a reason of transformers
 # What an option is called in Python, where that is not its name with underscores.
@@ -177,6 +179,16 @@ def did_you_mean(name: str, known: Iterable[str], otherwise: str = "") -> str | 
 
 
 @contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+_WITHOUT_WARNINGS = Overlapping(_without_warnings)
+
+
+@contextlib.contextmanager
 def refusals(refused: Callable[[str], AdapterError]) -> Iterator[None]:
     """Turn whatever reading somebody's model raises in the libraries into `refused(why)`.
 
@@ -186,8 +198,7 @@ def refusals(refused: Callable[[str], AdapterError]) -> Iterator[None]:
     """
     printed = io.StringIO()
     try:
-        with contextlib.redirect_stdout(printed), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with printing_to(printed), _WITHOUT_WARNINGS:
             yield
     except (AdapterError, KeyboardInterrupt, GeneratorExit):
         raise

@@ -53,6 +53,7 @@ ROOMS = [
     "display",
     "events",
     "errors",
+    "threads",
     "units",
 ]
 ROOM_OF_LAYER = {room: number for number, room in enumerate(reversed(ROOMS))}

@@ -7,7 +7,7 @@ arithmetic is ten times slower there); on a GPU it stays as stored.
 import contextlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -52,6 +52,7 @@ from mlx_adapters.system.door import (
 from mlx_adapters.system.limits import files_hint, garbage_later, wire_memory
 from mlx_adapters.system.machine import on_gpu
 from mlx_adapters.templates.habits import check_arguments
+from mlx_adapters.threads import Overlapping
 
 NOT_ITS_OWN = "are its weights and its config.json of one model? Copy or download both again."
 WHOLE_MODEL = "copy or download the whole model."
@@ -205,6 +206,22 @@ def _put(module: nn.Module, parameters: dict[str, mx.array], tuned: bool) -> Non
     module.load_weights(list(parameters.items()), strict=False)
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers would say on stderr which of a config's settings it does not know."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
+_QUIET = Overlapping(_quiet)
+
+
 def load_tokenizer_of(base: Base, template: TemplateConfig | None = None) -> Any:
     """The base's tokenizer, in mlx-lm's wrapper; never from the network.
 
@@ -237,7 +254,7 @@ def load_tokenizer_of(base: Base, template: TemplateConfig | None = None) -> Any
                 return FormatError(f"transformers cannot read the config.json of '{base.name}': {why}.", again)
         return FormatError(f"The tokenizer of '{base.name}' cannot be loaded: {why}.", again)
 
-    with refusals(refused):
+    with refusals(refused), _QUIET:
         try:
             tokenizer = load_tokenizer(base.tokenizer or base.folder, eos, other)
         except TemplateSyntaxError as error:

@@ -71,7 +71,6 @@ try:
         from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
         from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS, _get_classes, load_config, load_model
         from transformers.utils import chat_template_utils
-        from transformers.utils import logging as transformers_logging
 except ImportError as error:
     raise ModelError(
         f"mlx and mlx-lm {TESTED}.x are needed, but importing them failed: {error}.",
@@ -170,19 +169,13 @@ def _complete(module: nn.Module) -> None:
 def load_tokenizer(folder: Path, eos_token_ids: Any, chat_template: str | None = None) -> TokenizerWrapper:
     """The folder's tokenizer, with another chat template if one is given. Raises jinja2.TemplateSyntaxError for it.
 
-    Without being told, transformers asks on stdin whether to run code of the folder's; and it would say on stderr
-    which of the config's settings it does not know.
+    Without being told, transformers asks on stdin whether to run code of the folder's.
     """
     extra: dict[str, Any] = {"trust_remote_code": trusts_remote_code()}
     if chat_template is not None:
         compile_chat_template(chat_template)
         extra["chat_template"] = chat_template
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        tokenizer = mlx_lm_utils.load_tokenizer(folder, extra, eos_token_ids=eos_token_ids)
-    finally:
-        transformers_logging.set_verbosity(level)
+    tokenizer = mlx_lm_utils.load_tokenizer(folder, extra, eos_token_ids=eos_token_ids)
     if chat_template is not None:
         tokenizer._chat_template = None  # mlx-lm's own code for a kind of model would come first
     return tokenizer

@@ -11,6 +11,7 @@ import resource
 from collections.abc import Iterator
 
 from mlx_adapters.system.machine import memory_bytes, on_gpu, usable_memory_bytes
+from mlx_adapters.threads import Overlapping
 from mlx_adapters.units import count
 
 CACHED = 4  # at most one such part of the memory: a gigabyte taken anew costs a GPU 0.1 s
@@ -110,8 +111,7 @@ def for_good() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def garbage_later() -> Iterator[None]:
-    """Within the block garbage is not searched for: where much is made that stays, that takes 0.05 s and finds none."""
+def _garbage_later() -> Iterator[None]:
     on = gc.isenabled()
     gc.disable()
     try:
@@ -119,3 +119,13 @@ def garbage_later() -> Iterator[None]:
     finally:
         if on:
             gc.enable()
+
+
+_GARBAGE_LATER = Overlapping(_garbage_later)
+
+
+@contextlib.contextmanager
+def garbage_later() -> Iterator[None]:
+    """Within the block garbage is not searched for: where much is made that stays, that takes 0.05 s and finds none."""
+    with _GARBAGE_LATER:
+        yield

@@ -8,6 +8,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -44,6 +45,11 @@ class _SymbolInfo(ctypes.Structure):
     ]
 
 
+_taking = threading.Lock()
+_asked: list[int] = []  # by the blocks of `blas_threads` that are open
+_own: list[tuple[Callable[[int], None], int]] = []  # what sets each OpenBLAS's, and how many it has without
+
+
 @contextlib.contextmanager
 def blas_threads(count: int) -> Iterator[None]:
     """Within the block OpenBLAS takes at most so many threads, MLX's and the one that NumPy brings along.
@@ -51,15 +57,24 @@ def blas_threads(count: int) -> Iterator[None]:
     One for products of thin or small matrices: its others wait for work by asking for it without end, which takes more
     of the cores than the product itself (576 x 8 x 1536 on two cores: 3.0 ms of CPU time with two threads, 0.4 with
     one). Few where others use the cores, since a product waits for all of its threads, and each of them for a core.
+    Of several such blocks at once, in one thread or in several, the least holds.
     """
-    before = [(take, told()) for told, take in _switches()]
-    for take, taken in before:
-        take(min(count, taken))
+    with _taking:
+        if not _asked:
+            _own[:] = [(take, told()) for told, take in _switches()]
+        _asked.append(count)
+        _take_threads()
     try:
         yield
     finally:
-        for take, taken in before:
-            take(taken)
+        with _taking:
+            _asked.remove(count)
+            _take_threads()
+
+
+def _take_threads() -> None:
+    for take, own in _own:
+        take(min([own, *_asked]))
 
 
 def _switches() -> Iterator[tuple[Callable[[], int], Callable[[int], None]]]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from mlx_adapters.errors import ConfigError
 from mlx_adapters.events import Event, Note, OnEvent, TrainReport, ValidationReport
+from mlx_adapters.threads import printing_to
 
 SERVICES = ("tensorboard", "wandb", "trackio")
 SECONDS = 60  # that a service has at the end to take what it has not taken
@@ -67,7 +68,7 @@ class Reporter:
     def _work(self) -> None:
         """Of the thread: everything that the service does, whatever it raises."""
         try:
-            with _prints_apart():
+            with printing_to(sys.stderr):  # only the data are standard output's
                 log, close = self._open()
                 try:
                     while (figures := self._figures.get()) is not None:
@@ -93,29 +94,6 @@ class Reporter:
         if self._thread.is_alive():
             self._failure = self._failure or f"no answer in {SECONDS} s"
         self._tell()
-
-
-class _Apart:
-    """Standard output, but for one thread, whose prints go to stderr."""
-
-    def __init__(self, stream: Any) -> None:
-        self._stream, self._thread = stream, threading.current_thread()
-
-    def __getattr__(self, name: str) -> Any:
-        if threading.current_thread() is not self._thread:
-            return getattr(self._stream, name)
-        return (lambda: None) if name == "close" else getattr(sys.stderr, name)
-
-
-class _prints_apart:
-    """Around what a thread does that may print: only the data are standard output's."""
-
-    def __enter__(self) -> None:
-        self._before = sys.stdout
-        sys.stdout = _Apart(self._before)
-
-    def __exit__(self, *_: object) -> None:
-        sys.stdout = self._before
 
 
 def _words(error: BaseException) -> str:

@@ -1,0 +1,72 @@
+"""What is the whole process's, where several threads of it work at once."""
+
+import contextlib
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+
+class Overlapping:
+    """A block that threads are in at the same time: what `make` gives is entered by the first, and left by the last.
+
+    Each for itself would put back what another had changed, and leave it so for good.
+    """
+
+    def __init__(self, make: Callable[[], contextlib.AbstractContextManager[Any]]) -> None:
+        self._make, self._lock, self._inside = make, threading.Lock(), 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._held = self._make()
+                self._held.__enter__()
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._held.__exit__(None, None, None)
+
+
+_here = threading.local()  # `.stream`: where a thread's prints go
+
+
+class _Output:
+    """Standard output, but for the threads that have another stream."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        own = getattr(_here, "stream", None)
+        if own is None:
+            return getattr(self.stream, name)
+        return (lambda: None) if name == "close" else getattr(own, name)
+
+
+@contextlib.contextmanager
+def _apart() -> Iterator[None]:
+    before = sys.stdout
+    sys.stdout = ours = _Output(before)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if sys.stdout is ours:  # nobody has put another in its place
+            sys.stdout = before
+
+
+_apart_for_some = Overlapping(_apart)
+
+
+@contextlib.contextmanager
+def printing_to(stream: Any) -> Iterator[None]:
+    """Within the block what this thread prints goes to `stream`; that of others goes where it went."""
+    before = getattr(_here, "stream", None)
+    with _apart_for_some:
+        _here.stream = stream
+        try:
+            yield
+        finally:
+            _here.stream = before
