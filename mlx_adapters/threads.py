@@ -1,8 +1,11 @@
 """What is the whole process's, where several threads of it work at once."""
 
+import atexit
 import contextlib
+import functools
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -70,3 +73,19 @@ def printing_to(stream: Any) -> Iterator[None]:
             yield
         finally:
             _here.stream = before
+
+
+def end_before_python() -> None:
+    """Called where MLX makes random numbers: if that is another thread than the main one, Python's end waits for it.
+
+    Such a thread gives its random state back when it has ended for Python already and may be joined. It needs Python
+    for that, and where that is about to end as well, the process is aborted ("terminate called ..."; Python 3.11 to
+    3.13, MLX 0.32.4). So Python's end leaves such threads a moment.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        _wait_at_the_end()
+
+
+@functools.cache
+def _wait_at_the_end() -> None:
+    atexit.register(time.sleep, 0.1)

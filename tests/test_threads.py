@@ -2,6 +2,7 @@
 
 import gc
 import io
+import subprocess
 import sys
 import threading
 import warnings
@@ -87,3 +88,23 @@ def test_of_overlapping_limits_of_threads_the_least_holds_and_the_last_puts_back
     seen += taken
     other.leave()
     assert seen + taken == [2, 1, 2, 2, 8]
+
+
+def test_a_thread_that_loads_a_model_as_python_ends_does_not_abort_it(tiny_model):
+    """Python is never made to leave the main thread (`setswitchinterval`), so that the others end when it does."""
+    code = f"""
+import sys, threading
+import mlx_adapters as ma
+from mlx_adapters.models.loading import load_module
+from mlx_adapters.sources.bases import resolve_base
+base = resolve_base({str(tiny_model())!r})
+threads = [threading.Thread(target=load_module, args=(base,)) for _ in range(4)]
+for thread in threads:
+    thread.start()
+sys.setswitchinterval(100)
+for thread in threads:
+    thread.join()
+"""
+    for _ in range(3):
+        ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+        assert (ended.returncode, ended.stderr) == (0, "")

@@ -52,7 +52,7 @@ from mlx_adapters.system.door import (
 from mlx_adapters.system.limits import files_hint, garbage_later, wire_memory
 from mlx_adapters.system.machine import on_gpu
 from mlx_adapters.templates.habits import check_arguments
-from mlx_adapters.threads import Overlapping
+from mlx_adapters.threads import Overlapping, end_before_python
 
 NOT_ITS_OWN = "are its weights and its config.json of one model? Copy or download both again."
 WHOLE_MODEL = "copy or download the whole model."
@@ -165,6 +165,7 @@ def load_module(base: Base, to_call: bool = True) -> tuple[nn.Module, dict[str, 
     Without `to_call` it is for reading its weights: what it needs to compute as it generates is left out.
     """
     wire_memory()
+    end_before_python()
     files, config = len(base.weight_files), replace(base, untied=False, rows=None).config
 
     def refused(why: str) -> AdapterError:
