@@ -22,7 +22,7 @@ from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.models.base import Base, BaseLike, Named, says_tied
 from mlx_adapters.models.layers import adaptable_layers, tied
 from mlx_adapters.models.loading import load_module
-from mlx_adapters.peft_format.conversion import convert, prepared, without_copies
+from mlx_adapters.peft_format.conversion import convert, own_template, prepared, without_copies
 from mlx_adapters.peft_format.reading import PeftAdapter, read_peft, refuse_unsaved
 from mlx_adapters.peft_format.to_mlx import needs_untying
 from mlx_adapters.sources.bases import resolve_base
@@ -96,7 +96,7 @@ def fuse_peft(
     whole = whole_tensors(peft, module, layout, resolved.untied, one_for_both)
     rest, adapters = peft.without(lambda path: path in whole.updated), list[Adapter]()
     if rest.modules:
-        name = {"name": peft.folder.name, "base": resolved.record()}
+        name = {"name": peft.folder.name, "base": resolved.record(), **own_template(peft, resolved, on_event)}
         converted = convert(rest, module, layout, resolved.name, replaced=whole.replaced)
         adapters.append(replace(converted.adapter, metadata=name))
     check_as_loaded(peft, resolved, layout, whole, adapters)

@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from mlx_adapters.checkpoints.contents import template_in
 from mlx_adapters.checkpoints.originals import layout_of
 from mlx_adapters.checkpoints.places import OWN_BASE, Places
 from mlx_adapters.checkpoints.probing import Layout
@@ -60,7 +61,17 @@ def as_mlx(
     for note in notes_on(peft, base) + others + elsewhere:
         on_event(Note(note, "warning"))
     metadata = {"source": "peft", "peft": record(peft, converted, source), "base": base.record()}
+    metadata |= own_template(peft, base, on_event)
     return replace(converted.adapter, metadata=metadata)
+
+
+def own_template(peft: PeftAdapter, base: Base, on_event: OnEvent) -> dict[str, Any]:
+    """What the metadata say of the chat template that lies beside the adapter, if it is another than the base's."""
+    own = template_in(peft.folder)
+    if own is None or "{" not in own or own.strip() == (template_in(base.folder) or "").strip():
+        return {}
+    on_event(Note("The chat template beside it, another than the base's, goes with it."))
+    return {"template": {"chat_template": own}}
 
 
 def convert(

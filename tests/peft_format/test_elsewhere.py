@@ -12,7 +12,11 @@ from helpers.tiny_configs import tiny_base
 
 from mlx_adapters.adapters.peft_export import export_peft
 from mlx_adapters.adapters.peft_import import import_peft
+from mlx_adapters.checkpoints.contents import template_in
+from mlx_adapters.config.fusing import FuseOptions
 from mlx_adapters.errors import AdapterError, FormatError
+from mlx_adapters.fusion.peft import fuse_peft
+from mlx_adapters.models.adapter import template_of
 from mlx_adapters.storage import files, tensor_files
 
 LLAMA = FIXTURES / "llama"
@@ -215,3 +219,28 @@ def test_modules_that_the_base_lacks_are_not_missed(names, refused, tmp_path: Pa
             taken(folder)
     else:
         assert taken(folder).config.rank
+
+
+CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+SAVED = {
+    "chat_template.jinja": CHATML,
+    "tokenizer_config.json": json.dumps({"chat_template": CHATML}),
+    "chat_template.json": json.dumps({"chat_template": [{"name": "default", "template": CHATML}]}),
+}
+
+
+@pytest.mark.parametrize("file", SAVED)
+def test_the_chat_template_beside_an_adapter_goes_with_it(tmp_path, file):
+    """Trainers give a base without one theirs (LLaMA-Factory, axolotl, Unsloth) and save it with the adapter alone."""
+    folder = copied("llama/float-alpha", tmp_path)
+    assert template_of(taken(folder, name="none")).chat_template is None
+    (folder / file).write_text(SAVED[file])
+    assert template_of(taken(folder)).chat_template == CHATML
+    fused = fuse_peft(folder, tmp_path / "fused", base=LLAMA / "base", options=FuseOptions(check=False))
+    assert template_in(fused.folder) == CHATML
+    same = tmp_path / "same"
+    shutil.copytree(LLAMA / "base", same)
+    (same / "chat_template.jinja").write_text(f"{CHATML}\n")
+    assert template_of(import_peft(folder, base=same, name="same")).chat_template is None
+    (folder / file).write_bytes(b"\xff{")  # none that can be read
+    assert template_of(taken(folder, name="broken")).chat_template is None
