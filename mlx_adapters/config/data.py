@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx_adapters.config.mapping import require, shown
-from mlx_adapters.config.settings import check, setting, settings
+from mlx_adapters.config.settings import check, of_kind, setting, settings
 
 # Arguments of a template that are not the user's to give.
 RESERVED = {"messages", "conversation", "tools", "add_generation_prompt", "continue_final_message", "tokenize"}
@@ -55,6 +55,7 @@ class TemplateConfig:
             >>> ma.DataConfig(chat_template_args={"enable_thinking": False}).over(ma.DataConfig()).chat_template_args
             {'enable_thinking': False}
         """
+        of_kind(TemplateConfig, other)
         template = other.chat_template if self.chat_template is None else self.chat_template
         return TemplateConfig(
             chat_template=template, chat_template_args={**other.chat_template_args, **self.chat_template_args}

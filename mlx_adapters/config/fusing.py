@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mlx_adapters.config.mapping import require
-from mlx_adapters.config.settings import check, setting, settings
+from mlx_adapters.config.settings import check, of_kind, setting, settings
 
 
 @settings
@@ -106,6 +106,7 @@ class FuseOptions:
 
 def with_calibration(options: FuseOptions, calibration: Any) -> FuseOptions:
     """The same options with the text that is given beside them; what can be read once only is read here."""
+    options = of_kind(FuseOptions, options)
     text = options.calibration if calibration is None else calibration
     return replace(options, calibration=tuple(text) if isinstance(text, Iterator) else text)
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from mlx_adapters.config.mapping import require
+from mlx_adapters.config.settings import of_kind
 from mlx_adapters.config.training import TrainConfig
 from mlx_adapters.data.datasets import Data, DataSet, RawRow, apart, kept_text, read_data
 from mlx_adapters.data.inspecting import LeftOut, RowReport, inspect_row
@@ -115,7 +116,7 @@ def check_data(data: Data, base: BaseLike, training: TrainConfig | None = None, 
         >>> report.splits["train"].rows
         12
     """
-    training = training or TrainConfig()
+    training = of_kind(TrainConfig, training)
     resolved = resolve_base(base)
     tokenizer, dataset = load_tokenizer_of(resolved, training.template), read_data(data, read=training)
     rows = len(dataset.rows("train"))

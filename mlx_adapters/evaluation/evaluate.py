@@ -17,6 +17,7 @@ from mlx_adapters.config.data import DataConfig, TemplateConfig
 from mlx_adapters.config.evaluating import EvaluationConfig
 from mlx_adapters.config.mapping import require
 from mlx_adapters.config.quantization import CacheQuantization
+from mlx_adapters.config.settings import of_kind
 from mlx_adapters.config.training import DPO, KTO, Objective
 from mlx_adapters.data.datasets import Data, RawRow, columns_of, read_as_trained, spread
 from mlx_adapters.data.tokenizing import Row
@@ -67,7 +68,7 @@ def evaluate(
         >>> [(e.variant, e.rows, e.error) for e in report.evaluations]
         [('base', 4, None), ('sql', 4, None)]
     """
-    config = config or EvaluationConfig()
+    config = of_kind(EvaluationConfig, config)
     with workspace() as folder:
         parsed = read_variants(variants, base, folder)
         ready = [prepare(variant, folder, config.any_base, on_event) for variant in parsed]

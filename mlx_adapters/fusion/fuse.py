@@ -91,7 +91,7 @@ def fuse(
         >>> fused.fidelity is not None
         True
     """
-    started = time.perf_counter()
+    started, options = time.perf_counter(), with_calibration(options, calibration)
     precision = Precision.of(quantization)
     require(dtype in DTYPES, f"dtype must be one of {', '.join(DTYPES)}, not '{dtype}'.")
     out = paths.expanded(out)
@@ -101,7 +101,6 @@ def fuse(
     tuned = isinstance(base, Base) and base.tuned is not None
     updates = gather_updates(given, weights, replaced if given or not tuned else {})
     resolved = choose_base(base, updates)
-    options = with_calibration(options, calibration)
     file = options.calibration if isinstance(options.calibration, str | Path) else None
     replacing.refuse_reading_inside(out, [resolved, file, *(adapter for adapter, _ in updates.adapters)])
     check_program(options.program, resolved, out)

@@ -10,6 +10,7 @@ from pathlib import Path
 from mlx_adapters.checkpoints.originals import layout_of
 from mlx_adapters.config.fusing import DEFAULTS, FuseOptions
 from mlx_adapters.config.quantization import PrecisionLike
+from mlx_adapters.config.settings import of_kind
 from mlx_adapters.data.datasets import Data
 from mlx_adapters.errors import FormatError
 from mlx_adapters.events import Note, OnEvent, log_warnings
@@ -71,6 +72,7 @@ def fuse_peft(
         >>> ma.fuse_peft(folder, "out/whole", base="demo", quantization="none").quantization is None
         True
     """
+    of_kind(FuseOptions, options)
     folder, _ = peft_folder(source, subfolder, tokenizer=resize)
     with paths.named(folder, spelled(source)):
         peft = read_peft(folder)

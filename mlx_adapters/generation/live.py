@@ -6,7 +6,6 @@ each answer keeps its own adapter and its own random numbers.
 """
 
 import contextlib
-import itertools
 import logging
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from mlx_adapters.config.data import TemplateConfig
 from mlx_adapters.config.mapping import to_mapping
 from mlx_adapters.config.quantization import CacheQuantization
 from mlx_adapters.config.sampling import Drafting, Sampling, SamplingOptions
+from mlx_adapters.config.settings import of_kind
 from mlx_adapters.drafting import one_token
 from mlx_adapters.drafting.drafts import Drafter, load_drafter
 from mlx_adapters.errors import AdapterError, IncompatibleError
@@ -92,9 +92,8 @@ class LiveModel(Model):
         self._origins: dict[str, _Origin] = {}
 
     def __repr__(self) -> str:
-        at_work = ", ".join(f"{info.name}: {info.weight:g}" for info in self.adapters if info.weight is not None)
-        adapters = count(len(self.pool.attached), "adapter")
-        return f"LiveModel({self.base.name!r}, {adapters}, at work: {at_work or 'none'})"
+        at_work = ", ".join(f"{one.name}: {one.weight:g}" for one in self.adapters if one.weight is not None) or "none"
+        return f"LiveModel({self.base.name!r}, {count(len(self.pool.attached), 'adapter')}, at work: {at_work})"
 
     @property
     def adapters(self) -> tuple[AdapterInfo, ...]:
@@ -141,7 +140,7 @@ class LiveModel(Model):
         """The adapter's name; of one that has none, one that no other has here."""
         if adapter.metadata.get("name") or adapter.folder:
             return adapter.name
-        names = (f"{adapter.name} ({number})" if number > 1 else adapter.name for number in itertools.count(1))
+        names = [adapter.name, *(f"{adapter.name} ({number + 2})" for number in range(len(self.pool.attached)))]
         return next(name for name in names if name not in self.pool.attached)
 
     def detach(self, name: str | None = None) -> None:
@@ -237,9 +236,8 @@ class LiveModel(Model):
     def unfuse(self) -> None:
         """Undo `fuse_in_place`; the adapters stay at work, beside the base."""
         with self.pool.lock:
-            selection = self.pool.selection
             self.pool.unfuse()
-            self.pool.select(selection)
+            self.pool.select(self.pool.selection)
 
     def new_layers(self) -> list[Any]:
         """An empty cache of mlx-lm's; with guesses, which are taken back, in few bits from the first token on."""
@@ -336,7 +334,7 @@ class LiveModel(Model):
         Raises ModelError; ConfigError for a wrong option; IncompatibleError if `cache` was made with other adapters,
         or its adapter is detached.
         """
-        how, selection = (sampling or Sampling()).changed(options), self.pool.selection  # type: ignore[arg-type]
+        how, selection = of_kind(Sampling, sampling).changed(options), self.pool.selection  # type: ignore[arg-type]
         bound = cache if isinstance(cache, PromptCache) else None
         chosen = Sampler(how, sampler, logits_processors, self.tokenizer, bound.tokens if bound is not None else ())
         if bound is not None and not same(bound.selection, selection):
@@ -372,7 +370,7 @@ class LiveModel(Model):
 
         Raises ModelError, or ConfigError for a wrong option.
         """
-        how = (sampling or Sampling()).changed(options)  # type: ignore[arg-type]
+        how = of_kind(Sampling, sampling).changed(options)  # type: ignore[arg-type]
         steps = self.stream(prompt, how, raw=raw, cache=cache, sampler=sampler, logits_processors=logits_processors)
         return gathered(steps, stop_tokens(how, self.tokenizer))
 
@@ -402,7 +400,7 @@ class LiveModel(Model):
 
         Raises ModelError, or ConfigError for a wrong option.
         """
-        chosen = (sampling or Sampling()).changed(options)  # type: ignore[arg-type]
+        chosen = of_kind(Sampling, sampling).changed(options)  # type: ignore[arg-type]
         adapters = {name: None if name is None else self.pool.get(name) for _, name in prompts}
         own = {name: self.template_for(entry.adapter if entry else None) for name, entry in adapters.items()}
         ids = [self.checked_ids(ids_of(self, prompt, raw, own[name])).tolist() for prompt, name in prompts]
@@ -452,15 +450,17 @@ def load_model(
         >>> answer.prompt_tokens > 0
         True
     """
+    template, drafting = of_kind(TemplateConfig, template), of_kind(Drafting, drafting)
+    kv = of_kind(CacheQuantization, kv)
     if adapter is not None:
         get_ready()
     wanted, loaded = [] if adapter is None else [adapter], list[Adapter]()
     plainly = partial(load_plain_model, dtype=dtype, dense=dense, template=template, together=None)
     model = LiveModel(plainly(resolve_base(base), meanwhile=lambda: loaded.extend(map(load_adapter, wanted))))
-    if kv is not None and kv.kv_bits is not None:
+    if kv.kv_bits is not None:
         require_quantizable(model.module, kv, str(model.config.get("model_type")))
         model.kv = kv
-    model.drafter = load_drafter(drafting, model, dtype) if drafting else None
+    model.drafter = load_drafter(drafting, model, dtype)
     if adapter is not None:
         model._attach(loaded.pop(), plain(adapter), any_base, None, use=True)
     return model

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from mlx_adapters.config.data import TemplateConfig
+from mlx_adapters.config.settings import of_kind
 from mlx_adapters.errors import ModelError
 from mlx_adapters.models.adapter import Adapter, template_of
 from mlx_adapters.models.base import Base
@@ -187,7 +188,7 @@ class Model:
         """
         _require_text(json.dumps([messages, tools], ensure_ascii=False))
         own = self.own_template if own is None else own
-        chosen = (template or TemplateConfig()).over(self.template).over(own)
+        chosen = of_kind(TemplateConfig, template).over(self.template).over(own)
         other = {} if chosen.chat_template is None else {"chat_template": chosen.chat_template}
 
         def render(form: Fitted) -> list[int]:

@@ -149,7 +149,7 @@ def estimate(
         >>> forecast.fits, forecast.peak_bytes > 0
         (True, True)
     """
-    resolved, lora, training = resolve_base(base), of_kind(LoraConfig, lora), of_kind(TrainConfig, training)
+    lora, training, resolved = of_kind(LoraConfig, lora), of_kind(TrainConfig, training), resolve_base(base)
     tokenizer = load_tokenizer_of(resolved, training.template)
     rows = setup.tokenize_split(read_data(data, read=training), "train", tokenizer, training, on_event)
     setup.require_readable(rows, resolved)

@@ -1,6 +1,8 @@
 """Settings that are given in Python are of their kind, or refused by their name before anything begins."""
 
+import inspect
 import math
+import re
 import types
 import typing
 from decimal import Decimal
@@ -11,7 +13,8 @@ import numpy as np
 import pytest
 from helpers.settings_classes import CLASSES
 
-from mlx_adapters import ConfigError, LoraConfig, TrainConfig, estimate, plan_training, train
+import mlx_adapters as ma
+from mlx_adapters import ConfigError, LoraConfig, TemplateConfig, TrainConfig, load_model
 from mlx_adapters.config.mapping import to_mapping
 from mlx_adapters.config.quantization import Quantization
 from mlx_adapters.config.settings import settings_of
@@ -109,10 +112,35 @@ def test_what_is_near_a_choice_is_still_named():
     assert "did you mean 'cosine'" in caught.value.hint
 
 
-@pytest.mark.parametrize("settings", [{"lora": {"rank": 4}}, {"training": {"iterations": 1}}])
-@pytest.mark.parametrize("function", [train, plan_training, estimate])
-def test_a_mapping_is_no_settings(function, settings, tiny_model):
-    named = {} if function is estimate else {"name": "x"}
+def takers() -> dict[str, tuple[typing.Any, str]]:
+    """Every public function and method that takes settings, with the argument that they are."""
+    found = {}
+    for name in ma.__all__:
+        thing = getattr(ma, name)
+        functions = {name: thing} if inspect.isfunction(thing) else {}
+        if inspect.isclass(thing):
+            public = {own: f for own, f in vars(thing).items() if own[0] != "_" and inspect.isfunction(f)}
+            functions = {f"{name}.{own}": function for own, function in public.items()}
+        for called, function in functions.items():
+            for argument, told in inspect.signature(function).parameters.items():
+                kinds = set(re.findall(r"\b[A-Z]\w+", str(told.annotation))) - {"None"}
+                if len(kinds) == 1 and kinds <= {cls.__name__ for cls in CLASSES}:
+                    found[f"{called} {argument}"] = function, argument
+    return found
+
+
+TAKERS = takers()
+
+
+@pytest.mark.parametrize("taker", TAKERS)
+def test_a_mapping_is_no_settings(taker, tiny_model):
+    """What else is given is not looked at before."""
+    function, argument = TAKERS[taker]
+    needed = [name for name, one in inspect.signature(function).parameters.items() if one.default is one.empty]
+    given = dict.fromkeys([name for name in needed if name != "options"], "nothing") | {argument: {"rank": 4}}
+    own = {"LiveModel": load_model, "Model": load_model, "TemplateConfig": lambda _: TemplateConfig()}
+    if "self" in given:
+        given["self"] = own[taker.partition(".")[0]](tiny_model())
     with pytest.raises(ConfigError, match=r"The settings cannot be \{") as caught:
-        function(tiny_model(), [{"text": "a b"}] * 4, **named, **settings)
-    assert "Config(" in caught.value.hint
+        function(**given)
+    assert "(...)" in caught.value.hint
