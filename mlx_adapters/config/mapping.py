@@ -128,9 +128,8 @@ def to_mend(field: str, value: Any) -> str:
 
 def _instead(value: Any, hint: Any, where: str | None) -> str | None:
     """The hint of an error: what looks like `value`, and what it may be."""
-    kinds = [option for option in alternatives(hint) if option is not NoneType]
-    if isinstance(value, str) and all(typing.get_origin(kind) is Literal for kind in kinds):
-        choices = [str(choice) for kind in kinds for choice in typing.get_args(kind)]
+    choices = choices_of(hint)
+    if choices and isinstance(value, str) and not kinds_of(hint):
         return did_you_mean(value, choices, f"there are: {', '.join(choices)}.")
     return f"it must be {_describe(hint, where)}."
 
@@ -152,6 +151,17 @@ def _describe(hint: Any, where: str | None) -> str:
 def alternatives(hint: Any) -> tuple[Any, ...]:
     """What an annotation allows: the parts of `A | B`, or it alone."""
     return typing.get_args(hint) if typing.get_origin(hint) in UNIONS else (hint,)
+
+
+def kinds_of(hint: Any) -> tuple[Any, ...]:
+    """The types that an annotation allows besides None and its `choices_of`."""
+    return tuple(k for k in alternatives(hint) if typing.get_origin(k) is not Literal and k is not NoneType)
+
+
+def choices_of(hint: Any) -> tuple[str, ...]:
+    """The words that an annotation allows."""
+    literals = [kind for kind in alternatives(hint) if typing.get_origin(kind) is Literal]
+    return tuple(str(word) for literal in literals for word in typing.get_args(literal))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -18,13 +18,21 @@ import functools
 import math
 import operator
 import textwrap
-import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass
 from types import NoneType
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
-from mlx_adapters.config.mapping import alternatives, converted, hints_of, require, shown, to_mapping
+from mlx_adapters.config.mapping import (
+    alternatives,
+    choices_of,
+    converted,
+    hints_of,
+    kinds_of,
+    require,
+    shown,
+    to_mapping,
+)
 from mlx_adapters.errors import ConfigError
 
 Class = TypeVar("Class", bound=type)
@@ -56,13 +64,12 @@ class Setting:
     @functools.cached_property
     def kinds(self) -> tuple[Any, ...]:
         """What its value may be, besides None and the `choices`."""
-        return tuple(k for k in alternatives(self.hint) if typing.get_origin(k) is not Literal and k is not NoneType)
+        return kinds_of(self.hint)
 
     @functools.cached_property
     def choices(self) -> tuple[str, ...]:
         """The words that it is chosen from."""
-        words = [kind for kind in alternatives(self.hint) if typing.get_origin(kind) is Literal]
-        return tuple(str(choice) for kind in words for choice in typing.get_args(kind))
+        return choices_of(self.hint)
 
     @functools.cached_property
     def as_given(self) -> frozenset[Any]:
@@ -142,17 +149,8 @@ def setting(
     return dataclasses.field(default=default, repr=not secret, metadata=told)
 
 
-_known: dict[type, dict[str, Setting]] = {}
-
-
-def settings_of(cls: type) -> dict[str, Setting]:
+def _settings_of(cls: type) -> dict[str, Setting]:
     """All settings of a class by name, in its order."""
-    if cls not in _known:
-        _known[cls] = _read_settings(cls)
-    return _known[cls]
-
-
-def _read_settings(cls: type) -> dict[str, Setting]:
     hints, known = hints_of(cls), dict[str, Setting]()
     for field in sorted(
         dataclasses.fields(cls), key=lambda field: field.kw_only is True
@@ -160,6 +158,9 @@ def _read_settings(cls: type) -> dict[str, Setting]:
         default = field.default if field.default_factory is MISSING else field.default_factory()
         known[field.name] = Setting(field.name, default, **field.metadata, hint=hints[field.name])
     return known
+
+
+settings_of: Callable[[type], dict[str, Setting]] = functools.cache(_settings_of)
 
 
 def check(config: Any) -> None:

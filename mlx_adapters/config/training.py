@@ -7,7 +7,7 @@ the `likelihood` of the (chosen) text, as plain fine-tuning does. How its loss i
 
 import dataclasses
 import math
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple, get_args
 
 from mlx_adapters.config.data import DataConfig
 from mlx_adapters.config.mapping import from_mapping, require, shown, to_mapping
@@ -206,7 +206,7 @@ class KTO(_Objective):
 
 
 Objective = SFT | DPO | ORPO | SimPO | KTO
-OBJECTIVES: dict[str, type[Objective]] = {kind().name: kind for kind in (SFT, DPO, ORPO, SimPO, KTO)}
+OBJECTIVES: dict[str, type[Objective]] = {kind().name: kind for kind in get_args(Objective)}
 
 MOST_BY_DEFAULT, LEAST_BY_DEFAULT, PASSES = 600, 100, 10  # iterations, and passes over the rows
 EVERY = 100  # iterations between two validations, or two checkpoints
