@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-from mlx_adapters.config.mapping import from_mapping, is_whole, require, shown, to_mapping
+from mlx_adapters.config.mapping import converted, from_mapping, hints_of, is_whole, require, shown, to_mapping
 from mlx_adapters.config.settings import check, setting, settings
 from mlx_adapters.errors import ConfigError, did_you_mean
 
@@ -100,8 +100,9 @@ class Precision:
     mode: str | None = None
 
     def __post_init__(self) -> None:
+        for name, hint in hints_of(type(self)).items():
+            object.__setattr__(self, name, converted(getattr(self, name), hint, name))
         if isinstance(self.bits, str):
-            require(self.bits in ("keep", "none"), f"bits cannot be {shown(self.bits)}.", ACCEPTED)
             have = ", ".join(map(str, QUANTIZATIONS.get(self.mode or "affine", QUANTIZATIONS["affine"])[0]))
             require(
                 self.group_size is None and self.mode is None,
@@ -109,7 +110,7 @@ class Precision:
                 f"say how many bits with --bits: {have}.",
             )
         else:
-            object.__setattr__(self, "bits", self.like(None).bits)  # (NumPy's integers become Python's)
+            self.like(None)  # raises for what MLX does not have
 
     @classmethod
     def of(cls, given: object, name: str = "quantization") -> "Precision":
@@ -139,8 +140,9 @@ class Precision:
         if own is not None and own.bits == self.bits and self.group_size is None and self.mode in (None, own.mode):
             return own
         require(not isinstance(self.bits, str), f"This takes a number of bits, not '{self.bits}'.")
-        mode = self.mode or "affine"
-        return Quantization(self.bits, self.group_size or default_group_size(mode), mode)  # type: ignore[arg-type]
+        mode = "affine" if self.mode is None else self.mode
+        size = default_group_size(mode) if self.group_size is None else self.group_size
+        return Quantization(self.bits, size, mode)  # type: ignore[arg-type]
 
     def settled(self, own: Quantization | None) -> "Precision":
         """The same for a base that is quantized like `own`, with nothing left open; the base's own is "keep"."""

@@ -19,12 +19,16 @@ from mlx_adapters.errors import ConfigError
 NOT_TAKEN = [4.0, np.float32(4), [4], (4,), None, True, np.bool_(True), "4", "Keep", "", b"keep", {}, {"bts": 4}, 4j]
 NOT_TAKEN += [{"bits": 4.0}, {"bits": "4"}, {"bits": 4, "group": 32}, {"bits": None}, {4}, mx.array(4), 7, -1]
 NOT_TAKEN += [{"bits": "keep", "group_size": 32}, {"bits": 4, "mode": "int4"}, {"bits": 4, "mode": [1]}, np.array([4])]
+NOT_TAKEN += [{"bits": 4, "group_size": 0}, {"bits": 4, "mode": ""}, {"bits": 4, "group_size": True}]
 
 
 @pytest.mark.parametrize("given", NOT_TAKEN, ids=repr)
 def test_what_is_no_precision_is_refused(given):
     with pytest.raises(ConfigError) as caught:
         Precision.of(given)
+    if isinstance(given, dict) and "bits" in given.keys() <= {"bits", "group_size", "mode"}:
+        with pytest.raises(ConfigError):
+            Precision(**given)
     assert caught.value.hint and "\n" not in caught.value.message and len(caught.value.message) < 150
 
 
