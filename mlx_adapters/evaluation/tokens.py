@@ -40,7 +40,7 @@ def judged_rows(
     Preferences are read as `objective` takes them, or as their chosen answers without one. Raises FormatError.
     """
     judged: list[Row] = []
-    max_seq_length = min(max_seq_length, model.positions or max_seq_length)
+    asked, max_seq_length = max_seq_length, min(max_seq_length, model.positions or max_seq_length)
     for raw in rows:
         if objective is None:
             row = tokenize_row(raw, model.tokenizer, max_seq_length, mask_prompt=raw.format != "text")
@@ -50,7 +50,7 @@ def judged_rows(
         if not row.can_be_trained:
             raise FormatError(
                 f"{raw.where}: no token of the answer fits into {max_seq_length} tokens.",
-                "raise --max-seq-length, or shorten the row.",
+                f"{'raise --max-seq-length, or ' if max_seq_length == asked else ''}shorten the row.",
             )
         for sequence in row.sequences:
             model.base.check_tokens(sequence.tokens, raw.where)

@@ -7,6 +7,7 @@ from typing import Any
 
 from mlx_adapters.assembly.survival import Survival, mean_cosine
 from mlx_adapters.calibration.fidelity import Fidelity
+from mlx_adapters.config.quantization import QUANTIZATIONS
 from mlx_adapters.display import charts, page
 from mlx_adapters.display.layout import COLORS, Chart
 from mlx_adapters.display.notebook import html_block, html_facts, html_table
@@ -186,9 +187,12 @@ def _of_bits(result: FuseResult, parts: dict[str, float]) -> list[str]:
 
 def _of_scales(asked: dict[str, Any]) -> str:
     """What each group of weights brings along: only affine ones have an offset and come in several sizes."""
-    affine = [one.get("mode", "affine") == "affine" for one in (asked, *asked.values()) if isinstance(one, dict)]
+    every = [one for one in (asked, *asked.values()) if isinstance(one, dict)]
+    affine = [one.get("mode", "affine") == "affine" for one in every]
     if all(affine):
-        return "scales and offsets: a pair for each group of weights. Larger groups (--group-size) take fewer"
+        larger = any(one["group_size"] < max(QUANTIZATIONS["affine"][1]) for one in every)
+        fewer = ". Larger groups (--group-size) take fewer" if larger else ""
+        return f"scales and offsets: a pair for each group of weights{fewer}"
     return "scales: a scale for each group of weights" + (", with an offset in affine layers" if any(affine) else "")
 
 

@@ -94,6 +94,11 @@ def test_answers_end_with_learned_positions(tiny_model):
     assert greedy_answers(model, asked, max_tokens=20) == alone
     with pytest.raises(ModelError, match="512 positions"):
         greedy_answers(model, [[5] * 513], max_tokens=1)
+    long = RawRow({"prompt": "word " * 600, "completion": "end"}, "line 1")
+    for most, way in ((2048, "shorten the row."), (16, "raise --max-seq-length, or shorten the row.")):
+        with pytest.raises(FormatError, match="no token of the answer fits") as caught:
+            judged_rows([long], model, most)
+        assert caught.value.hint == way
     (row,) = judged_rows([RawRow({"text": "word " * 600}, "line 1")], model, 2048)
     assert len(row.tokens) == 512
 

@@ -30,6 +30,9 @@ def test_the_bits_are_told_to_the_last_one(tiny, tmp_path):
     assert sum(parts.values()) == pytest.approx(made.bits_per_weight)
     assert parts["weights"] / parts["scales"] == pytest.approx(8) and 0 < parts["not quantized"] < 0.5
     text = results.html(made)
+    assert "Larger groups (--group-size) take fewer" in text
+    largest = replace(made, quantization=made.quantization | {"group_size": 128})
+    assert "scales and offsets: a pair for each group of weights; " in results.html(largest)
     assert (
         f"{parts['scales']:.2f} of them are scales and offsets" in text and "Asked for: 4 bits in groups of 64" in text
     )
