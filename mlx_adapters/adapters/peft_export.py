@@ -6,7 +6,7 @@ from pathlib import Path
 from mlx_adapters.checkpoints.originals import layout_of
 from mlx_adapters.errors import HubError, NotFoundError
 from mlx_adapters.events import Note, OnEvent, log_warnings
-from mlx_adapters.models.adapter import Adapter, AdapterLike
+from mlx_adapters.models.adapter import Adapter, AdapterLike, template_of
 from mlx_adapters.models.base import BaseLike
 from mlx_adapters.models.layers import SWITCH, adaptable_layers, check_fits, tied
 from mlx_adapters.models.loading import load_module
@@ -17,7 +17,7 @@ from mlx_adapters.sources import lookup, references, registry
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.sources.demo_base import DEMO_BASE
 from mlx_adapters.storage import files, paths, replacing, tensor_files, tensor_names
-from mlx_adapters.storage.hf_names import EMBEDDINGS, PEFT_OUTPUT, PEFT_SCALE, PEFT_WEIGHTS_FILE
+from mlx_adapters.storage.hf_names import EMBEDDINGS, PEFT_OUTPUT, PEFT_SCALE, PEFT_WEIGHTS_FILE, TEMPLATE_FILE
 from mlx_adapters.storage.replacing import stamp
 from mlx_adapters.storage.tensor_names import CONFIG_FILE
 
@@ -113,6 +113,8 @@ def export_peft(
         scale = {PEFT_SCALE: repr(loaded.config.scale)} if not form.config.get("alpha_pattern") else {}
         tensor_files.write_safetensors(temporary / PEFT_WEIGHTS_FILE, form.tensors, {"format": "pt"} | scale)
         files.write_json(temporary / CONFIG_FILE, form.config)
+        if (own := template_of(loaded).chat_template) is not None:
+            files.write_text(temporary / TEMPLATE_FILE, own)
         files.write_text(temporary / "README.md", f"{readme}\n{stamp(readme)}\n")
     if not base_model and (problem := _base_problem(loaded, named)):
         name_it = "Name the original model: --base-model user/name."

@@ -15,12 +15,13 @@ from mlx_adapters.checkpoints.contents import companions, is_of_tokenizer, token
 from mlx_adapters.events import OnEvent, Progress
 from mlx_adapters.models.base import Base
 from mlx_adapters.storage import files, paths, tensor_files
+from mlx_adapters.storage.hf_names import TEMPLATE_FILE
 from mlx_adapters.storage.tensor_files import StoredTensor
 from mlx_adapters.system.door import mx
 from mlx_adapters.system.limits import trim_cache
 
 SHARD_BYTES = 5 << 30
-TOKENIZER_CONFIG, TEMPLATE_FILE = "tokenizer_config.json", "chat_template.jinja"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 SPARE_BYTES = 16 << 20  # of the disk: tokenizer, config and report
 OTHER_BITS = "for other bits leave --format (or --for) out: the MLX format has them all."
 Layout = list[tuple[str, str, tuple[int, ...]]]

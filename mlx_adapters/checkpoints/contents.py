@@ -15,6 +15,7 @@ from pathlib import Path
 from mlx_adapters.errors import AdapterError
 from mlx_adapters.models.base import INDEX_FILE, OTHER_FILE, WEIGHT_FILES
 from mlx_adapters.storage import files
+from mlx_adapters.storage.hf_names import TEMPLATE_FILE
 from mlx_adapters.storage.paths import is_litter
 from mlx_adapters.storage.tensor_names import CONFIG_FILE, FUSE_RECIPE_FILE, METADATA_FILE, REPORT_FILE
 
@@ -36,7 +37,7 @@ TOKENIZER = (
     "merges.txt",
     *VOCABULARIES,
 )
-TEMPLATES = ("chat_template.jinja", "tokenizer_config.json", "chat_template.json")  # where chat templates stand
+TEMPLATES = (TEMPLATE_FILE, "tokenizer_config.json", "chat_template.json")  # where chat templates stand
 # What is made anew for each model, or says how other weights are packed.
 MADE_ANEW = ("README.md", "loss.svg", FUSE_RECIPE_FILE, REPORT_FILE, CONFIG_FILE, METADATA_FILE, "*quant*_config.json")
 

@@ -14,7 +14,8 @@ from mlx_adapters.storage.tensor_names import ADAPTER_FILE, BIAS, CONFIG_FILE, L
 PEFT_WEIGHTS_FILE, PEFT_PICKLE_FILE = "adapter_model.safetensors", "adapter_model.bin"
 # transformers cuts a large adapter into these, and calls their index as a model's.
 PEFT_SHARDS, PEFT_PICKLE_SHARDS, INDEXES = "adapter_model-*.safetensors", "adapter_model-*.bin", "*.index.json"
-PEFT_OUTPUT = Output(CONFIG_FILE, r"adapter_model\.safetensors|README\.md")
+TEMPLATE_FILE = "chat_template.jinja"
+PEFT_OUTPUT = Output(CONFIG_FILE, r"adapter_model\.safetensors|README\.md|chat_template\.jinja")
 VELORA = ".lora_velora_"  # what changes VeLoRA's backward pass alone
 PEFT_SCALE = "mlx_scale"  # in the file's metadata: the scale to the bit, where lora_alpha / r rounds
 PEFT_PREFIX = "base_model.model."

@@ -238,6 +238,11 @@ def test_the_chat_template_beside_an_adapter_goes_with_it(tmp_path, file):
     assert template_of(taken(folder)).chat_template == CHATML
     fused = fuse_peft(folder, tmp_path / "fused", base=LLAMA / "base", options=FuseOptions(check=False))
     assert template_in(fused.folder) == CHATML
+    for _ in range(2):
+        exported = export_peft("it", tmp_path / "exported", overwrite=True).folder
+    assert (exported / "chat_template.jinja").read_text() == CHATML
+    assert template_of(taken(exported, name="again")).chat_template == CHATML
+    assert not (export_peft("none", tmp_path / "without").folder / "chat_template.jinja").exists()
     same = tmp_path / "same"
     shutil.copytree(LLAMA / "base", same)
     (same / "chat_template.jinja").write_text(f"{CHATML}\n")
