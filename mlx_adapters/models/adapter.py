@@ -31,6 +31,7 @@ from mlx_adapters.models.metadata import (
     read_version,
 )
 from mlx_adapters.storage import files, paths, tensor_files, tensor_names
+from mlx_adapters.storage.hf_names import PEFT_WEIGHTS_FILE
 from mlx_adapters.storage.replacing import file_version
 from mlx_adapters.storage.tensor_names import (
     ADAPTER_FILE,
@@ -279,6 +280,9 @@ def weights_file(folder: Path, iteration: int | None = None) -> Path:
     if iteration is None:
         if (folder / "config.json").is_file():
             raise NotFoundError(f"'{folder}' is a model, not an adapter.", "name it as the base: --base.")
+        if (folder / PEFT_WEIGHTS_FILE).is_file():
+            hint = "take it in with 'mlx-adapters import-peft', or fuse it with 'mlx-adapters fuse --from-peft'."
+            raise NotFoundError(f"'{folder}' is a PEFT adapter.", hint)
         raise NotFoundError(
             f"'{folder}' has no {ADAPTER_FILE}.", f"its checkpoints: {there}." if there else "is it an adapter folder?"
         )

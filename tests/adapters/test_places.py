@@ -56,6 +56,9 @@ def test_an_adapters_config_stands_for_its_folder(folder):
     read = [ma.load_adapter(place) for place in (config, folder / "adapters.safetensors", "by-config")]
     assert {adapter.fingerprint for adapter in read} == {ma.read_adapter(folder).fingerprint}
     peft = Path(__file__).parents[1] / "fixtures/peft/llama"
+    with pytest.raises(NotFoundError, match="is a PEFT adapter") as error:
+        ma.load_adapter(peft / "all-linear")
+    assert "import-peft" in error.value.hint and "--from-peft" in error.value.hint
     assert ma.import_peft(peft / "all-linear/adapter_config.json", base=peft / "base", name="peft").name == "peft"
 
 
