@@ -2,7 +2,7 @@
 
 In some models (Gemma 3n) layers look at the keys and values of an earlier layer, and find them in that layer's cache
 only: called without caches, they compute keys and values of their own, from weights that nobody trained. Such a model
-is given fresh caches wherever it is called without, so that it is trained and judged as it generates.
+is given what stands in for caches wherever it is called without, so that it is trained and judged as it generates.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,6 +12,7 @@ from typing import Any
 from mlx_adapters.surgery.calls import intercept, parts
 from mlx_adapters.surgery.cuda import hand_over
 from mlx_adapters.surgery.padded import PaddedCache
+from mlx_adapters.surgery.segments import segmented_caches
 from mlx_adapters.surgery.taps import divergence, log_probabilities
 from mlx_adapters.system.door import KVCache, make_prompt_cache, mx, nn
 
@@ -36,8 +37,8 @@ def _tokens() -> mx.array:
 
 
 def compute_as_generated(module: nn.Module) -> None:
-    """Give the module fresh caches from now on where it is given none, if other layers take part with them. Raises what
-    `trace` does."""
+    """Give the module what stands in for caches from now on where it is given none, if other layers take part with
+    caches. Raises what `trace` does."""
     called: set[int] = set()  # the linear layers that a pass goes through, by id
 
     def noting(layer: nn.Module) -> Callable[..., Any]:
@@ -58,12 +59,16 @@ def compute_as_generated(module: nn.Module) -> None:
         with suppress(Exception):  # what cannot do without is given them, too
             module(_tokens())
     if called != cached:
-        intercept(module, _with_fresh_caches(module))
+        intercept(module, _with_stand_ins(module))
 
 
-def _with_fresh_caches(module: nn.Module) -> Callable[..., Any]:
+def _with_stand_ins(module: nn.Module) -> Callable[..., Any]:
+    """Not with caches: a layer that the backward pass computes again would add its keys to them once more."""
+
     def call(original: Callable[..., Any], tokens: mx.array, cache: Any = None, **keywords: Any) -> Any:
-        return original(tokens, cache=make_prompt_cache(module) if cache is None else cache, **keywords)
+        if cache is None:
+            cache = segmented_caches(module, mx.zeros((1, tokens.shape[1]), mx.int32))  # one text, whole
+        return original(tokens, cache=cache, **keywords)
 
     return call
 

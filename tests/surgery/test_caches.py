@@ -14,7 +14,8 @@ from mlx_adapters.surgery.calls import intercept, parts
 
 def test_layers_that_share_keys_through_a_cache_compute_as_they_generate(tmp_path):
     module, _ = load_module(resolve_base(tiny_base(tmp_path / "base", "gemma3n")))
-    close(module(IDS), module(IDS, cache=make_prompt_cache(module)))
+    for ids in (IDS, mx.concatenate([IDS, IDS + 1, IDS + 2], axis=1)):  # shorter than its window, and longer
+        close(module(ids), module(ids, cache=make_prompt_cache(module)))
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma4", "qwen3_5", "mamba", "deepseek_v3"])
