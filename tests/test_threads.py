@@ -1,19 +1,23 @@
 """Several threads of one process at work at once: each finds afterwards what it found before."""
 
 import gc
+import inspect
 import io
+import signal
 import subprocess
 import sys
 import threading
 import warnings
+from concurrent.futures import Future
 from contextlib import ExitStack
 
 import pytest
 from transformers.utils import logging as transformers_logging
 
+import mlx_adapters as ma
 from mlx_adapters.errors import ModelError, refusals
 from mlx_adapters.models import loading
-from mlx_adapters.system.limits import garbage_later
+from mlx_adapters.system.limits import garbage_later, one_at_a_time
 from mlx_adapters.system.machine import blas_threads
 from mlx_adapters.threads import printing_to
 
@@ -108,3 +112,96 @@ for thread in threads:
     for _ in range(3):
         ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
         assert (ended.returncode, ended.stderr) == (0, "")
+
+
+def in_a_thread(work):
+    done = Future()
+
+    def run():
+        try:
+            done.set_result(work())
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return done
+
+
+def test_one_work_waits_for_the_other_says_so_and_is_done():
+    started, log, told = threading.Event(), [], []
+
+    @one_at_a_time
+    def first(on_event):
+        started.set()
+        second_waits.wait(30)
+        log.append("first")
+
+    @one_at_a_time
+    def second(on_event):
+        log.append("second")
+        return inner(on_event=on_event)  # it has its turn
+
+    @one_at_a_time
+    def inner(on_event):
+        return "done"
+
+    second_waits = threading.Event()
+    one = in_a_thread(lambda: first(on_event=told.append))
+    assert started.wait(30)
+
+    def tell(event):
+        told.append(event.text)
+        second_waits.set()
+
+    assert second(on_event=tell) == "done" and one.result(30) is None
+    assert log == ["first", "second"]
+    assert told == ["Waiting: another thread of this process is at work (first)."]
+
+
+def test_work_that_fails_gives_its_turn_back():
+    @one_at_a_time
+    def fail():
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        in_a_thread(fail).result(30)
+    with pytest.raises(ZeroDivisionError):
+        fail()
+
+
+def test_the_long_works_of_the_api_take_turns():
+    names = [
+        "train",
+        "plan_training",
+        "estimate",
+        "fuse",
+        "fuse_peft",
+        "check_fused",
+        "evaluate",
+        "run_tasks",
+        "benchmark",
+    ]
+    assert all(getattr(ma, name).__code__.co_name == "in_turn" for name in names)
+    for name in names:  # what they are called with stands in their signature
+        assert "on_event" in inspect.signature(getattr(ma, name)).parameters
+
+
+def test_ctrl_c_ends_the_wait_for_a_turn():
+    started, end = threading.Event(), threading.Event()
+
+    @one_at_a_time
+    def work(wait=False):
+        started.set()
+        return wait and end.wait(30)
+
+    one = in_a_thread(lambda: work(True))
+    assert started.wait(30)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            threading.Timer(0.2, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
+            work()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    end.set()
+    assert one.result(30) and work() is False

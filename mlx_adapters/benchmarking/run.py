@@ -25,6 +25,7 @@ from mlx_adapters.storage import files
 from mlx_adapters.storage.tensor_names import ROWS_FOLDER
 from mlx_adapters.system.conditions import system_state, warnings
 from mlx_adapters.system.door import trusts_remote_code
+from mlx_adapters.system.limits import one_at_a_time
 from mlx_adapters.system.machine import child_environment, environment, typed_command
 
 WORKER = ("-m", "mlx_adapters.benchmarking.worker")
@@ -50,6 +51,7 @@ class BenchmarkInterrupted(KeyboardInterrupt):
         self.report = report
 
 
+@one_at_a_time
 def benchmark(
     variants: AdapterOrBase | Iterable[AdapterOrBase],
     base: BaseLike | None = None,

@@ -39,10 +39,12 @@ from mlx_adapters.sources.lookup import load_adapter, locate
 from mlx_adapters.sources.registry import changing, names
 from mlx_adapters.storage import files
 from mlx_adapters.storage.tensor_names import METADATA_FILE
+from mlx_adapters.system.limits import one_at_a_time
 
 PREFERENCES = ("preference", "reward")  # scores of pairs, and of answers with a label
 
 
+@one_at_a_time
 def evaluate(
     variants: AdapterOrBase | Iterable[AdapterOrBase],
     data: Data,

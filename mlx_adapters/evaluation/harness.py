@@ -21,6 +21,7 @@ from mlx_adapters.models.adapter import AdapterOrBase
 from mlx_adapters.models.base import BaseLike
 from mlx_adapters.sources.lookup import load_adapter
 from mlx_adapters.system.door import harness_model
+from mlx_adapters.system.limits import one_at_a_time
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ class TaskReport(Table):
         return ("VARIANT", "TASK", "METRIC", "ROWS", "VALUE ± STANDARD ERROR"), lines
 
 
+@one_at_a_time
 def run_tasks(
     variants: AdapterOrBase | Iterable[AdapterOrBase],
     tasks: Sequence[str],

@@ -26,7 +26,7 @@ from mlx_adapters.models.dense import weight_shape
 from mlx_adapters.models.loading import load_module, load_tokenizer_of
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.sources.lookup import several
-from mlx_adapters.system.limits import trim_cache
+from mlx_adapters.system.limits import one_at_a_time, trim_cache
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ def html(checked: Checked) -> str:
     )
 
 
+@one_at_a_time
 def check_fused(
     model: BaseLike,
     adapters: AdapterLike | Iterable[AdapterLike],

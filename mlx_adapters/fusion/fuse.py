@@ -38,6 +38,7 @@ from mlx_adapters.sources.lookup import load_adapter, several
 from mlx_adapters.storage import files, paths, replacing
 from mlx_adapters.storage.tensor_names import FUSE_RECIPE_FILE, REPORT_FILE
 from mlx_adapters.system.door import mx
+from mlx_adapters.system.limits import one_at_a_time
 from mlx_adapters.system.machine import blas_threads, versions
 from mlx_adapters.units import count
 
@@ -46,6 +47,7 @@ WITHOUT_ROUNDING = dict.fromkeys(("check", "check_rows", "max_kl", "budget_bits"
 NOTABLE_KL = 0.001  # nats per token that rounding to nearest may cost without a word
 
 
+@one_at_a_time
 def fuse(
     base: BaseLike | None,
     adapters: AdapterLike | Iterable[AdapterLike],

@@ -30,8 +30,10 @@ from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.sources.lookup import peft_folder, spelled
 from mlx_adapters.storage import paths, replacing
 from mlx_adapters.storage.hf_names import is_embedding, is_head
+from mlx_adapters.system.limits import one_at_a_time
 
 
+@one_at_a_time
 def fuse_peft(
     source: str | Path | Named,
     out: str | Path,

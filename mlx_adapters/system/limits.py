@@ -1,4 +1,4 @@
-"""What this process may hold: open files, and memory that stays where the GPU finds it.
+"""What this process may hold: open files, memory that stays where the GPU finds it, one long work at a time.
 
 A Mac's shell allows 256 open files, which a base in many shards exceeds. Metal may move weights out of memory
 between two uses unless the process asks for them to stay (from macOS 15 on); mlx-lm asks in its own loops alone.
@@ -8,12 +8,17 @@ import contextlib
 import functools
 import gc
 import resource
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, ParamSpec, TypeVar
 
+from mlx_adapters.events import Note, log_warnings
 from mlx_adapters.system.machine import memory_bytes, on_gpu, usable_memory_bytes
 from mlx_adapters.threads import Overlapping
 from mlx_adapters.units import count
 
+P = ParamSpec("P")
+R = TypeVar("R")
 CACHED = 4  # at most one such part of the memory: a gigabyte taken anew costs a GPU 0.1 s
 LONGEST_TEXT = 10_000_000  # characters that are tokenized as one: a tokenizer takes some hundred bytes for each
 MOST_FILES = 10_240  # macOS refuses more, also where the hard limit is "unlimited"
@@ -129,3 +134,31 @@ def garbage_later() -> Iterator[None]:
     """Within the block garbage is not searched for: where much is made that stays, that takes 0.05 s and finds none."""
     with _GARBAGE_LATER:
         yield
+
+
+_turn = threading.RLock()
+_at_work: list[str] = []  # the names of what holds `_turn`, the outermost first
+
+
+def one_at_a_time(work: Callable[P, R]) -> Callable[P, R]:
+    """`work`, which waits while another thread of this process does such work, and says so; within itself it does not.
+
+    Its memory, and what is told of that, are the whole process's: a forecast beside a training would count both, and
+    two trainings at once would each find the room for one.
+    """
+
+    @functools.wraps(work)
+    def in_turn(*arguments: P.args, **options: P.kwargs) -> R:
+        if not _turn.acquire(blocking=False):
+            tell: Any = options.get("on_event", log_warnings)
+            tell(Note(f"Waiting: another thread of this process is at work ({next(iter(_at_work), '')}).", "warning"))
+            while not _turn.acquire(timeout=1):
+                pass  # a Ctrl-C that comes just before such a wait is seen when it ends
+        try:
+            _at_work.append(work.__name__)
+            return work(*arguments, **options)
+        finally:
+            _at_work.pop()
+            _turn.release()
+
+    return in_turn

@@ -37,6 +37,7 @@ from mlx_adapters.optimization.step import Again, MemoryPlan
 from mlx_adapters.optimization.through_rounding import plan_rounding
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.starts.ranks import trained_parameters
+from mlx_adapters.system.limits import one_at_a_time
 from mlx_adapters.system.machine import on_gpu, usable_memory_bytes
 from mlx_adapters.training import setup
 from mlx_adapters.training.recipe import settings_in
@@ -123,6 +124,7 @@ class Estimate(Table):
     ladder: tuple[Rung, ...] = ()
 
 
+@one_at_a_time
 def estimate(
     base: BaseLike,
     data: Data,

@@ -24,6 +24,7 @@ from mlx_adapters.sources.registry import training_lock
 from mlx_adapters.storage import replacing
 from mlx_adapters.storage.tensor_names import ADAPTER_OUTPUT
 from mlx_adapters.system.interrupt import Interrupt
+from mlx_adapters.system.limits import one_at_a_time
 from mlx_adapters.training import reference_model, setup
 from mlx_adapters.training import state as states
 from mlx_adapters.training.folder import RunFolder, arithmetic, place_of
@@ -46,6 +47,7 @@ from mlx_adapters.training.state import Checkpoint, TrainPlan, TrainRun
 from mlx_adapters.units import count
 
 
+@one_at_a_time
 def train(
     base: BaseLike | None = None,
     data: Data | None = None,
@@ -100,6 +102,7 @@ def train(
         return replace(_run(loop), notes=tuple(notes))
 
 
+@one_at_a_time
 def plan_training(
     base: BaseLike | None = None,
     data: Data | None = None,
