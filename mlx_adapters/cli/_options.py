@@ -96,8 +96,18 @@ adapter_option = click.option("--adapter", type=REFERENCE, metavar="REF", help="
 base_option = click.option("--base", metavar="BASE", help="Base model: demo, a folder or a Hub id [the adapter's own].")
 any_base_option = option(EvaluationConfig, "any_base")
 dtype_option = option(EvaluationConfig, "dtype")
-sampling_options = options(Sampling)
 system_option = click.option("--system", help="The system message.")
+
+
+def sampling_options(command: Command) -> Command:
+    """The options of `Sampling`; what does not go together is refused before anything is loaded."""
+
+    @functools.wraps(command)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        Sampling().changed({name: kwargs[name] for name in vars(Sampling()) if name in kwargs})
+        return command(*args, **kwargs)
+
+    return options(Sampling)(checked)  # type: ignore[return-value]
 
 
 def _trust(context: click.Context, param: click.Parameter, value: bool) -> None:

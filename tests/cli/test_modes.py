@@ -158,3 +158,9 @@ def test_the_refusal_names_both(tmp_path, arguments, why):
     words = [str(tmp_path / word) if word == "FILE" else word for word in arguments.split()]
     ended = CliRunner().invoke(cli, words)
     assert ended.exit_code == 2 and why in ended.output, ended.output
+
+
+@pytest.mark.parametrize("line", ["chat --base nowhere", "generate --base nowhere hello", "ab nowhere.txt base sql"])
+def test_sampling_that_cannot_be_is_refused_before_anything_is_loaded(line):
+    result = CliRunner().invoke(cli, [*line.split(), "--min-tokens", "9", "--max-tokens", "8"])
+    assert str(result.exception) == "'min_tokens' is 9, and 8 may be written."
