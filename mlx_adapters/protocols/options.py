@@ -55,6 +55,9 @@ def read_options(fields: Fields, chat: bool, vocabulary: int) -> Asked:
     echo = False if chat else fields.take("echo", bool, False)
     limit = fields.take("max_completion_tokens", int, None, 1)
     most = fields.take("max_tokens", int, None, 0 if echo else 1)
+    sampling = read_sampling(fields, vocabulary)
+    if limit is None and most == 0 and sampling.min_tokens:
+        raise ApiError(400, f"'min_tokens' is {sampling.min_tokens}, and 0 may be written.", param="min_tokens")
     logprobs = read_logprobs(fields) if chat else fields.take("logprobs", int, None, 0, MAX_TOP_LOGPROBS)
     return Asked(
         model=model,
@@ -62,7 +65,7 @@ def read_options(fields: Fields, chat: bool, vocabulary: int) -> Asked:
         stream=fields.take("stream", bool, False),
         include_usage=include_usage,
         max_tokens=limit if limit is not None else most,
-        sampling=read_sampling(fields, vocabulary),
+        sampling=sampling,
         logprobs=logprobs,
         choices=fields.take("n", int, 1, 1, MAX_CHOICES),
         echo=echo,

@@ -117,6 +117,11 @@ def test_a_token_is_biased_once_and_a_shortest_answer_is_not_longer_than_the_lon
         error = refused.json()["error"]
         assert refused.status_code == 400 and error["param"] == param
         assert param == "logit_bias" or " may be written." in error["message"]
+    echo = {"model": "base", "prompt": "Who?", "echo": True, "max_tokens": 0}
+    for least in (1, 4):
+        refused = httpx.post(server[0] + "/v1/completions", json={**echo, "min_tokens": least})
+        assert refused.json()["error"]["message"] == f"'min_tokens' is {least}, and 0 may be written."
+    assert httpx.post(server[0] + "/v1/completions", json=echo).json()["choices"][0]["text"] == "Who?"
     fits = httpx.post(chat[0], json={"model": "base", **chat[1], "min_tokens": 3, "max_tokens": 3})
     assert fits.json()["usage"]["completion_tokens"] == 3
 
