@@ -205,3 +205,14 @@ def test_ctrl_c_ends_the_wait_for_a_turn():
         signal.signal(signal.SIGINT, before)
     end.set()
     assert one.result(30) and work() is False
+
+
+def test_an_answer_can_be_read_from_several_threads(tiny_model):
+    model = ma.load_model(tiny_model())
+    whole = [step.token for step in model.stream([5, 6, 7], max_tokens=8)]
+    steps = model.stream([5, 6, 7], max_tokens=8)
+    begun = next(steps).token
+    assert [begun, *in_a_thread(lambda: [step.token for step in steps]).result(60)] == whole
+    steps = model.stream([5, 6, 7], max_tokens=8)
+    next(steps)
+    in_a_thread(steps.close).result(60)

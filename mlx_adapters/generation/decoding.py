@@ -161,7 +161,7 @@ def decode(
         )
     else:
         steps = drafted_steps(ids.tolist(), model.module, cache, drafts, sampler.step, sampler.foresee, room)
-    with finished, contextlib.closing(steps):  # not every Python ends what an ended generator was reading
+    with finished, _ending(steps):
         for made, (token, logprobs) in enumerate(steps, start=1):
             if token == 0 and not are_numbers(logprobs).item():  # of no numbers a sampler takes 0
                 raise no_numbers(model.module, *names_of(model))
@@ -176,6 +176,17 @@ def decode(
             yield Response(piece, token, logprobs, ids.size, reason, *counts)
             if reason:
                 return
+
+
+@contextlib.contextmanager
+def _ending(steps: Generator[Any]) -> Iterator[None]:
+    """Not every Python ends what an ended generator was reading. A web server may read an answer from several threads:
+    where the last is not the first, mlx-lm's generator says at its end that its stream is another thread's."""
+    try:
+        yield
+    finally:
+        with contextlib.suppress(RuntimeError):
+            steps.close()
 
 
 def _reading_fast(model: Callable[..., mx.array]) -> Callable[..., mx.array]:
