@@ -66,6 +66,11 @@ def _carries_gradient(leaf: Any) -> bool:
     return isinstance(leaf, mx.array) and mx.issubdtype(leaf.dtype, mx.floating)
 
 
+def _may_hide_gradient(leaf: Any) -> bool:
+    """A cache, through which layers share keys."""
+    return not isinstance(leaf, mx.array | str | int | float | None)
+
+
 def _leaves(tree: Any, wanted: Callable[[Any], bool]) -> list[mx.array]:
     leaves: list[mx.array] = []
     tree_map(lambda leaf: leaves.append(leaf) if wanted(leaf) else None, tree)
@@ -172,7 +177,8 @@ def _noting(seen: _Seen, attended: list[None]) -> Call:
         first = len(given) == 1 and bool(args) and args[0] is given[0]
         turned = first and _is_array(out) and given[0].shape == out.shape
         seen.alone = turned and len(args) + len(kwargs) == 1
-        seen.attends = turned and not seen.alone and len(attended) == before + 1
+        hidden = _leaves([args, kwargs], _may_hide_gradient)
+        seen.attends = turned and not seen.alone and not hidden and len(attended) == before + 1
         seen.width = out.shape[-1] if turned else 0
         return out
 

@@ -34,7 +34,7 @@ TEXTS = (
     "List the titles of all courses.",
     "How many students are there?",
     "SELECT title FROM courses",
-    "Once upon a time there was a model of all courses",  # longer than their windows
+    "Once upon a time there was a model",
 )
 LORA = ma.LoraConfig(rank=4, scale=4.0)
 PLAIN = ma.TrainConfig(iterations=2, batch_size=4, learning_rate=1e-2, eval_every=2, save_every=2, report_every=2)
