@@ -1,7 +1,7 @@
 """What a fuse can be asked for. Imports no MLX."""
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +26,7 @@ class FuseOptions:
     method: Literal["auto", "nearest", "calibrated"] = setting(
         "auto", "How to round", means="auto: calibrated under 8 bits if there is text"
     )
-    calibration: str | Path | Iterable[Any] | None = setting(
+    calibration: str | Path | Any | None = setting(
         None,
         "Data folder, .jsonl or .txt",
         more="Text to calibrate and check on; any file of rows; from Python also rows, as for `train`.",

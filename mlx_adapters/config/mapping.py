@@ -11,7 +11,7 @@ import numbers
 import re
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, TypeVar
@@ -22,7 +22,7 @@ Config = TypeVar("Config")
 
 UNIONS = (typing.Union, types.UnionType)
 WORDS: dict[Any, str] = {int: "a whole number", float: "a number", str: "text", bool: "true or false", Path: "a path"}
-WORDS |= {tuple: "a list", Iterable: "a list", dict: "a mapping"}
+WORDS |= {tuple: "a list", dict: "a mapping"}
 MOST_BYTES, MOST_VALUES = 1_000_000, 100_000  # of a config file
 
 
@@ -98,7 +98,7 @@ def converted(value: Any, hint: Any, key: str, where: str | None = None) -> Any:
             return int(value)
     elif where and dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
         return from_mapping(hint, value, f"'{key}' of {where}")  # type: ignore[arg-type]
-    elif isinstance(value, origin or hint):
+    elif isinstance(value, hint):
         return value
     named = f"'{key}' in {where}" if where else key
     raise ConfigError(f"{named} cannot be {shown(value)}.", _instead(value, hint, where))

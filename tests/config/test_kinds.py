@@ -8,6 +8,7 @@ import typing
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from helpers.settings_classes import CLASSES
 
 import mlx_adapters as ma
 from mlx_adapters import ConfigError, LoraConfig, TemplateConfig, TrainConfig, load_model
+from mlx_adapters.config.fusing import FuseOptions
 from mlx_adapters.config.mapping import to_mapping
 from mlx_adapters.config.quantization import Quantization
 from mlx_adapters.config.settings import settings_of
@@ -62,6 +64,12 @@ def test_every_setting_takes_its_kind_and_refuses_all_others(cls):
             if not good:
                 wrong.append((name, value))
     assert not wrong
+
+
+def test_rows_to_calibrate_on_are_what_reading_them_takes():
+    """A data set has no iterator, nor has what is read by its index; `read_data` refuses what it does not know."""
+    rows = SimpleNamespace(splits={})
+    assert FuseOptions(calibration=rows).calibration is rows
 
 
 WRONG = {
