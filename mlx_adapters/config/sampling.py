@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypedDict
 
 from mlx_adapters.config.mapping import from_mapping, require, shown
@@ -102,7 +103,9 @@ class Drafting:
         True
     """
 
-    draft_model: str | None = setting(None, "A smaller model with the same tokenizer, which guesses", metavar="BASE")
+    draft_model: str | Path | None = setting(
+        None, "A smaller model with the same tokenizer, which guesses", metavar="BASE"
+    )
     draft_tokens: int = setting(4, "Most tokens guessed at a time", at_least=1, at_most=64)
     prompt_lookup: bool = setting(
         False, "Guess that what followed the last tokens before follows them again, where they were there before"

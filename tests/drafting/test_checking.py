@@ -89,7 +89,7 @@ def test_a_smaller_model_and_lookup_with_an_adapter(tiny_model):
         wanted[how] = [plain.generate("one two one two", **options).token_ids]
         with plain.using(adapter):
             wanted[how].append(plain.generate("one two one two", **options).token_ids)
-        for drafting in (Drafting(prompt_lookup=True), Drafting(draft_model=str(folder), draft_tokens=3)):
+        for drafting in (Drafting(prompt_lookup=True), Drafting(draft_model=folder, draft_tokens=3)):
             model = load_model(folder, drafting=drafting)
             first = model.generate("one two one two", **options)
             with model.using(adapter):
