@@ -104,8 +104,8 @@ def cli(home: str | None, debug: bool, quiet: bool) -> None:
 
 def main() -> None:
     """Run the program; every error of ours becomes `Error: …`, `Hint: …` and an exit status."""
+    _output.open_streams()  # before other files get their numbers
     raising()
-    _output.open_streams()
     sys.unraisablehook = _at_clearing_up
     warnings.showwarning = lambda message, *_, **__: _output.warn(str(message))
     if "_MLX_ADAPTERS_COMPLETE" in os.environ:
