@@ -3,7 +3,8 @@
 MLX chooses among many kernels by shape, number of tokens, bits and type, and a wrong one says nothing: the CUDA
 build of MLX 0.32.4 is off by the size of the result for matrices of one group per row in float32 and float16.
 So the first layer of each kind (class, shape, bits, group size, mode, types) reads some
-random tokens, in counts that reach all kernels, and is compared with its own dequantized weight on the CPU. What is
+random tokens, in counts that reach all kernels, and is compared with its own dequantized weight on the CPU; one with a
+matrix for each head (`MultiLinear`, of latent attention) those of two texts as well, as in a batch. What is
 found is remembered for this version of MLX and this device; a layer of a wrong kind becomes a dense one, and a
 warning names it. What MLX has no kernel for, or one that does not compile, is wrong, too: on an H100 or H200 those for
 one group per row need a header of the package nvidia-cuda-crt, which MLX's does not require.
@@ -12,6 +13,7 @@ one group per row need a header of the package nvidia-cuda-crt, which MLX's does
 import contextlib
 import hashlib
 import inspect
+import itertools
 import logging
 import math
 import re
@@ -39,6 +41,7 @@ from mlx_adapters.units import count, size
 log = logging.getLogger("mlx_adapters.models.quantized_check")
 
 TOKENS = (1, 2, 5, 9, 20, 40, 130)  # CUDA has kernels for one, for up to 16, for up to 32, and for more
+TEXTS = (1, 2)  # at once, of a layer with a matrix for each head: only from two on its weight is broadcast
 ROWS, EXPERTS = 256, 4  # of a large weight, so many output rows and experts are compared, from both ends
 # Of a token's or a row's result, by norm; what is wrong is off by all of it. float32 products may be TF32's, and a
 # CPU adds up in bfloat16.
@@ -212,11 +215,11 @@ def _products(layer: nn.Module, dtype: mx.Dtype) -> Iterator[tuple[Function, Fun
     dense = _dense_part(layer, rows)  # (rows, inputs), or (heads, rows, inputs)
     bias = layer[BIAS][rows].astype(mx.float32) if BIAS in layer else mx.zeros(())
     forward = layer.as_linear if hasattr(layer, "as_linear") else layer
-    for tokens in TOKENS:
-        x = _tokens((1, *dense.shape[:-2], tokens, dense.shape[-1]), dtype)
+    for texts, tokens in itertools.product(TEXTS if dense.ndim > 2 else TEXTS[:1], TOKENS):
+        x = _tokens((texts, *dense.shape[:-2], tokens, dense.shape[-1]), dtype)
         yield lambda x: forward(x)[..., rows], lambda x: x @ dense.swapaxes(-1, -2) + bias, x
         if "transpose" in parameters and len(rows) == weight_shape(layer)[-2]:
-            x = _tokens((1, *dense.shape[:-2], tokens, dense.shape[-2]), dtype)
+            x = _tokens((texts, *dense.shape[:-2], tokens, dense.shape[-2]), dtype)
             yield lambda x: layer(x, transpose=False), lambda x: x @ dense, x
 
 
@@ -293,7 +296,7 @@ def _this_device() -> str:
     headers = ""
     with contextlib.suppress(PackageNotFoundError):  # when it is installed, what did not compile is tried again
         headers = version(HEADERS)
-    return hashlib.sha256(f"{version('mlx')} {device} {headers} {TOKENS}".encode()).hexdigest()[:16]
+    return hashlib.sha256(f"{version('mlx')} {device} {headers} {TOKENS} {TEXTS}".encode()).hexdigest()[:16]
 
 
 def _read() -> dict[str, float | str]:

@@ -8,6 +8,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from helpers.fusing import visible_adapter
+from helpers.tiny_configs import tiny_base
 from helpers.training_tools import write_data
 from mlx.utils import tree_flatten
 from mlx_lm.models.mla import MultiLinear
@@ -263,6 +264,16 @@ def lie_about(monkeypatch, name, wrong):
     monkeypatch.setattr(mx, name, lie)
     monkeypatch.setattr("mlx_adapters.models.loading.on_gpu", lambda: True)
     monkeypatch.setattr("mlx_adapters.runtime.pool.on_gpu", lambda: True)
+
+
+def test_a_matrix_for_each_head_that_is_wrong_for_several_texts_becomes_dense(tmp_path, on_cpu, monkeypatch):
+    """As in MLX 0.32.4's CUDA build: the first text is right, and of two in a batch none."""
+    folder, texts = resolve_base(tiny_base(tmp_path / "base", "glm4_moe_lite")), mx.array([[5, 6, 7], [8, 9, 10]])
+    expected = load_module(folder)[0](texts)
+    lie_about(monkeypatch, "quantized_matmul", lambda x, weight, _: weight.ndim == 3 and x.shape[0] > 1)
+    with pytest.warns(MiscomputedWarning, match="computes 4 quantized layers wrong.*QuantizedMultiLinear"):
+        module = load_model(folder).module
+    assert mx.abs(module(texts) - expected).max() < 1e-3 * mx.abs(expected).max()
 
 
 def test_a_product_of_several_layers_that_is_wrong_is_left_apart(tiny_model, on_cpu, monkeypatch):
