@@ -37,10 +37,10 @@ _here = threading.local()  # `.stream`: where a thread's prints go
 
 
 class _Output:
-    """Standard output, but for the threads that have another stream."""
+    """Standard output, but for the threads that have another stream. `inside`: how many blocks need it."""
 
     def __init__(self, stream: Any) -> None:
-        self.stream = stream
+        self.stream, self.inside = stream, 0
 
     def __getattr__(self, name: str) -> Any:
         own = getattr(_here, "stream", None)
@@ -49,30 +49,26 @@ class _Output:
         return (lambda: None) if name == "close" else getattr(own, name)
 
 
-@contextlib.contextmanager
-def _apart() -> Iterator[None]:
-    before = sys.stdout
-    sys.stdout = ours = _Output(before)  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        if sys.stdout is ours:  # nobody has put another in its place
-            sys.stdout = before
-
-
-_apart_for_some = Overlapping(_apart)
+_changing = threading.Lock()
 
 
 @contextlib.contextmanager
 def printing_to(stream: Any) -> Iterator[None]:
     """Within the block what this thread prints goes to `stream`; that of others goes where it went."""
+    with _changing:
+        output = sys.stdout if isinstance(sys.stdout, _Output) else _Output(sys.stdout)
+        sys.stdout = output  # type: ignore[assignment]
+        output.inside += 1
     before = getattr(_here, "stream", None)
-    with _apart_for_some:
-        _here.stream = stream
-        try:
-            yield
-        finally:
-            _here.stream = before
+    _here.stream = stream
+    try:
+        yield
+    finally:
+        _here.stream = before
+        with _changing:
+            output.inside -= 1
+            if not output.inside and sys.stdout is output:  # nobody has put another in its place
+                sys.stdout = output.stream
 
 
 def end_before_python() -> None:

@@ -76,6 +76,17 @@ def test_what_another_thread_prints_meanwhile_goes_where_it_went(capsys):
     assert (ours.getvalue(), inner.getvalue(), theirs.getvalue()) == ("ours\nagain\n", "inner\n", "theirs\n")
 
 
+def test_prints_are_taken_also_where_another_output_came_while_a_thread_was_inside(monkeypatch):
+    """As a notebook's cells have each its own."""
+    other = Other(printing_to(io.StringIO()))
+    monkeypatch.setattr(sys, "stdout", new := io.StringIO())
+    with printing_to(ours := io.StringIO()):
+        print("ours")
+    other.leave()
+    print("out")
+    assert (ours.getvalue(), new.getvalue()) == ("ours\n", "out\n") and sys.stdout is new
+
+
 def test_of_overlapping_limits_of_threads_the_least_holds_and_the_last_puts_back(monkeypatch):
     from mlx_adapters.system import machine
 
