@@ -4,7 +4,8 @@ MLX chooses among many kernels by shape, number of tokens, bits and type, and a 
 build of MLX 0.32.4 is off by the size of the result for matrices of one group per row in float32 and float16.
 So the first layer of each kind (class, shape, bits, group size, mode, types) reads some
 random tokens, in counts that reach all kernels, and is compared with its own dequantized weight on the CPU; one with a
-matrix for each head (`MultiLinear`, of latent attention) those of two texts as well, as in a batch. What is
+matrix for each head (`MultiLinear`, of latent attention) those of two texts as well: CUDA's kernels take a weight that
+is repeated over texts for one matrix that all share, and give every head the first head's. What is
 found is remembered for this version of MLX and this device; a layer of a wrong kind becomes a dense one, and a
 warning names it. What MLX has no kernel for, or one that does not compile, is wrong, too: on an H100 or H200 those for
 one group per row need a header of the package nvidia-cuda-crt, which MLX's does not require.
