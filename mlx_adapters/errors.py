@@ -24,7 +24,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 
-from mlx_adapters.threads import Overlapping, printing_to
+from mlx_adapters.threads import overlapping, printing_to
 
 LACKING = re.compile(r"^\w+\.__init__\(\) missing \d+ required \S+ arguments?: ")  # of a setting, in Python's words
 VALIDATED = re.compile(r"^(Class v|V)alidation error for \w+ '\w+': \w+: ")  # before a reason of transformers
@@ -178,14 +178,11 @@ def did_you_mean(name: str, known: Iterable[str], otherwise: str = "") -> str | 
     return otherwise or None
 
 
-@contextlib.contextmanager
+@overlapping
 def _without_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-
-_WITHOUT_WARNINGS = Overlapping(_without_warnings)
 
 
 @contextlib.contextmanager
@@ -198,7 +195,7 @@ def refusals(refused: Callable[[str], AdapterError]) -> Iterator[None]:
     """
     printed = io.StringIO()
     try:
-        with printing_to(printed), _WITHOUT_WARNINGS:
+        with printing_to(printed), _without_warnings():
             yield
     except (AdapterError, KeyboardInterrupt, GeneratorExit):
         raise

@@ -10,27 +10,30 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 
-class Overlapping:
-    """A block that threads are in at the same time: what `make` gives is entered by the first, and left by the last.
+def overlapping(block: Callable[[], Iterator[None]]) -> "Callable[[], contextlib._GeneratorContextManager[None]]":
+    """`contextlib.contextmanager` for a block that threads are in at the same time: the first enters, the last leaves.
 
     Each for itself would put back what another had changed, and leave it so for good.
     """
+    once, lock, held, inside = contextlib.contextmanager(block), threading.Lock(), contextlib.ExitStack(), 0
 
-    def __init__(self, make: Callable[[], contextlib.AbstractContextManager[Any]]) -> None:
-        self._make, self._lock, self._inside = make, threading.Lock(), 0
+    @contextlib.contextmanager
+    @functools.wraps(block)
+    def shared() -> Iterator[None]:
+        nonlocal inside
+        with lock:
+            if not inside:
+                held.enter_context(once())
+            inside += 1
+        try:
+            yield
+        finally:
+            with lock:
+                inside -= 1
+                if not inside:
+                    held.close()
 
-    def __enter__(self) -> None:
-        with self._lock:
-            if not self._inside:
-                self._held = self._make()
-                self._held.__enter__()
-            self._inside += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._inside -= 1
-            if not self._inside:
-                self._held.__exit__(None, None, None)
+    return shared
 
 
 _here = threading.local()  # `.stream`: where a thread's prints go

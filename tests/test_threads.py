@@ -46,7 +46,7 @@ STATES = {
     "standard output": (lambda: refusals(ModelError), lambda: sys.stdout),
     "prints": (lambda: printing_to(io.StringIO()), lambda: sys.stdout),
     "warnings": (lambda: refusals(ModelError), lambda: (list(warnings.filters), warnings.showwarning)),
-    "transformers": (lambda: loading._QUIET, transformers_logging.get_verbosity),
+    "transformers": (loading._quiet, transformers_logging.get_verbosity),
     "garbage": (garbage_later, gc.isenabled),
 }
 

@@ -36,6 +36,7 @@ from mlx_adapters.models.loading import load_tokenizer_of
 from mlx_adapters.sources.bases import NAME_IT, full_fine_tune, recorded_base, resolve_base
 from mlx_adapters.sources.lookup import load_adapter, several
 from mlx_adapters.storage import files, paths, replacing
+from mlx_adapters.storage.hf_names import TEMPLATE_FILE
 from mlx_adapters.storage.tensor_names import FUSE_RECIPE_FILE, REPORT_FILE
 from mlx_adapters.system.door import mx
 from mlx_adapters.system.limits import one_at_a_time
@@ -234,7 +235,7 @@ def _write_template(folder: Path, base: Base, adapters: Sequence[Adapter], form:
         return ["the adapters were trained with different chat templates: the base's own is kept"] if texts else []
     if form == "gguf":  # which holds it
         return []
-    files.write_text(folder / "chat_template.jinja", text)
+    files.write_text(folder / TEMPLATE_FILE, text)
     return []
 
 

@@ -18,6 +18,7 @@ from mlx_adapters.gguf_format.architectures import CONVERTER
 from mlx_adapters.gguf_format.pieces import BYTE as BYTE_TEXT
 from mlx_adapters.gguf_format.pieces import LEAST, Pieces, read_pieces, steps_of
 from mlx_adapters.storage import files
+from mlx_adapters.storage.hf_names import TEMPLATE_FILE
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # llama.cpp's kinds of tokens
 MAX_DIFFERENT = 5  # of the hard strings; above, the tokenizers are not the same
@@ -180,7 +181,7 @@ def read_tokenizer(folder: Path, vocabulary: int, tokenizer: Any) -> GgufTokeniz
     ends = sorted(known - {special.get("eos")})
     special |= dict(zip(("eot", "eom"), ends, strict=False))  # what else ends an answer
     add_bos, add_eos = _added_around(tokenizer, special)
-    template = folder / "chat_template.jinja"
+    template = folder / TEMPLATE_FILE
     text = template.read_text(encoding="utf-8") if template.is_file() else extra.get("chat_template")
     return GgufTokenizer(
         None if pieces else pre_tokenizer(stored.get("pre_tokenizer"), bool(bpe.get("ignore_merges"))),

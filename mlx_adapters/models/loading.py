@@ -52,7 +52,7 @@ from mlx_adapters.system.door import (
 from mlx_adapters.system.limits import files_hint, garbage_later, wire_memory
 from mlx_adapters.system.machine import on_gpu
 from mlx_adapters.templates.habits import check_arguments
-from mlx_adapters.threads import Overlapping, end_before_python
+from mlx_adapters.threads import end_before_python, overlapping
 
 NOT_ITS_OWN = "are its weights and its config.json of one model? Copy or download both again."
 WHOLE_MODEL = "copy or download the whole model."
@@ -207,7 +207,7 @@ def _put(module: nn.Module, parameters: dict[str, mx.array], tuned: bool) -> Non
     module.load_weights(list(parameters.items()), strict=False)
 
 
-@contextlib.contextmanager
+@overlapping
 def _quiet() -> Iterator[None]:
     """transformers would say on stderr which of a config's settings it does not know."""
     from transformers.utils import logging
@@ -218,9 +218,6 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(level)
-
-
-_QUIET = Overlapping(_quiet)
 
 
 def load_tokenizer_of(base: Base, template: TemplateConfig | None = None) -> Any:
@@ -255,7 +252,7 @@ def load_tokenizer_of(base: Base, template: TemplateConfig | None = None) -> Any
                 return FormatError(f"transformers cannot read the config.json of '{base.name}': {why}.", again)
         return FormatError(f"The tokenizer of '{base.name}' cannot be loaded: {why}.", again)
 
-    with refusals(refused), _QUIET:
+    with refusals(refused), _quiet():
         try:
             tokenizer = load_tokenizer(base.tokenizer or base.folder, eos, other)
         except TemplateSyntaxError as error:

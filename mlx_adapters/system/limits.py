@@ -14,7 +14,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from mlx_adapters.events import Note, log_warnings
 from mlx_adapters.system.machine import memory_bytes, on_gpu, usable_memory_bytes
-from mlx_adapters.threads import Overlapping
+from mlx_adapters.threads import overlapping
 from mlx_adapters.units import count
 
 P = ParamSpec("P")
@@ -115,8 +115,9 @@ def for_good() -> Iterator[None]:
         gc.freeze()
 
 
-@contextlib.contextmanager
-def _garbage_later() -> Iterator[None]:
+@overlapping
+def garbage_later() -> Iterator[None]:
+    """Within the block garbage is not searched for: where much is made that stays, that takes 0.05 s and finds none."""
     on = gc.isenabled()
     gc.disable()
     try:
@@ -124,16 +125,6 @@ def _garbage_later() -> Iterator[None]:
     finally:
         if on:
             gc.enable()
-
-
-_GARBAGE_LATER = Overlapping(_garbage_later)
-
-
-@contextlib.contextmanager
-def garbage_later() -> Iterator[None]:
-    """Within the block garbage is not searched for: where much is made that stays, that takes 0.05 s and finds none."""
-    with _GARBAGE_LATER:
-        yield
 
 
 _turn = threading.RLock()
