@@ -31,8 +31,8 @@ def running(folder, adapters, name="base", drafting=None, dtype="auto", **settin
     assert not thread.is_alive() and not engine._thread.is_alive()
 
 
-def eventually(holds, seconds=5.0):
-    """Whether `holds` comes true in time."""
+def eventually(holds, seconds=60.0):
+    """Whether `holds` comes true; a machine that does much else may need long."""
     deadline = time.monotonic() + seconds
     while not (there := holds()) and time.monotonic() < deadline:
         time.sleep(0.002)

@@ -1,5 +1,6 @@
 """What MLX computes wrong on a device is noticed at load and replaced; simulated with kernels that lie."""
 
+import itertools
 import warnings
 from functools import partial
 
@@ -57,13 +58,13 @@ def is_right(layer, gradients=False):
         dense = dense_layer(layer, dense_weight(layer, mx.float32))
         mx.eval(dense.parameters())
     *heads, _, inputs = dense.weight.shape
-    for tokens in quantized_check.TOKENS:
+    for texts, tokens in itertools.product((1, 3) if isinstance(dense, MultiLinear) else (1,), quantized_check.TOKENS):
         random = np.random.default_rng(tokens)
         experts = None
         if isinstance(layer, QuantizedSwitchLinear):
             shape, experts = (tokens, 1, 1, inputs), random.integers(0, heads[0], (tokens, 1))
         else:
-            shape = (1, *heads, tokens, inputs)
+            shape = (texts, *heads, tokens, inputs)
         x = random.normal(size=shape).astype(np.float32)
         back = lambda shape: np.random.default_rng(0).normal(size=shape).astype(np.float32)  # noqa: E731
         with mx.stream(mx.cpu):
