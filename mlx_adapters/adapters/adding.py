@@ -17,7 +17,7 @@ from mlx_adapters.sources import lookup, references, registry
 from mlx_adapters.sources.intake import write_own_form
 from mlx_adapters.storage import files, paths, replacing
 from mlx_adapters.storage.files import iterations_of
-from mlx_adapters.storage.hf_names import NPZ
+from mlx_adapters.storage.hf_names import NPZ, TEMPLATE_FOLDER
 from mlx_adapters.storage.replacing import README, Output
 from mlx_adapters.storage.tensor_names import (
     ADAPTER_FILE,
@@ -26,9 +26,9 @@ from mlx_adapters.storage.tensor_names import (
     METADATA_FILE,
     checkpoint_file,
 )
-from mlx_adapters.storage.unpacking import MAX_BYTES, TEMPLATES, unpack
+from mlx_adapters.storage.unpacking import MAX_BYTES, unpack
 
-MODEL_OUTPUT = Output(MODEL_CONFIG, rf"({TEMPLATES}/)?[^/]+", any_readme=True)
+MODEL_OUTPUT = Output(MODEL_CONFIG, rf"({TEMPLATE_FOLDER}/)?[^/]+", any_readme=True)
 
 
 @dataclass(frozen=True)

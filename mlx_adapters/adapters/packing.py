@@ -25,6 +25,7 @@ from mlx_adapters.models.metadata import read_config, read_version
 from mlx_adapters.sources import lookup
 from mlx_adapters.storage import files, paths, replacing
 from mlx_adapters.storage.files import iterations_of
+from mlx_adapters.storage.hf_names import TEMPLATE_FOLDER
 from mlx_adapters.storage.tensor_names import (
     ADAPTER_FILE,
     CONFIG_FILE,
@@ -32,7 +33,7 @@ from mlx_adapters.storage.tensor_names import (
     METADATA_FILE,
     checkpoint_file,
 )
-from mlx_adapters.storage.unpacking import BLOCK, CHUNK, TEMPLATES, is_safe
+from mlx_adapters.storage.unpacking import BLOCK, CHUNK, is_safe
 
 MODEL_CONFIG = "config.json"
 ENDINGS = (".tar.gz", ".tgz")
@@ -163,7 +164,7 @@ def _model_members(folder: Path, opened: contextlib.ExitStack, on_event: OnEvent
 
 def _has_place(name: str) -> bool:
     """Whether a file, by its path in a model's folder, has a place in a pack."""
-    return "/" not in name or bool(re.fullmatch(rf"{TEMPLATES}/[^/]+\.jinja", name))
+    return "/" not in name or bool(re.fullmatch(rf"{TEMPLATE_FOLDER}/[^/]+\.jinja", name))
 
 
 def _open_all(members: dict[str, Path], opened: contextlib.ExitStack) -> dict[str, IO[bytes]]:

@@ -116,7 +116,7 @@ class GgufWriter:
         tokenizer = read_tokenizer(base.tokenizer or base.folder, layout.config["vocab_size"], loaded)
         templates = {one.chat_template for one in templates_of(base, [a for a, _ in assembly.updates.adapters])}
         if len(templates) == 1 and (own := templates.pop()):
-            tokenizer = replace(tokenizer, template=own)
+            tokenizer = replace(tokenizer, templates={"default": own})
         for text in check_strings(tokenizer, loaded):
             on_event(Note(f"llama.cpp cuts up {text!r} otherwise than this tokenizer.", "warning"))
         tensors, path = self._tensors(assembly, rounded), folder / FILE_NAME

@@ -15,10 +15,10 @@ from mlx_adapters.checkpoints.contents import companions, is_of_tokenizer, token
 from mlx_adapters.events import OnEvent, Progress
 from mlx_adapters.models.base import Base
 from mlx_adapters.storage import files, paths, tensor_files
-from mlx_adapters.storage.hf_names import TEMPLATE_FILE
 from mlx_adapters.storage.tensor_files import StoredTensor
 from mlx_adapters.system.door import mx
 from mlx_adapters.system.limits import trim_cache
+from mlx_adapters.system.templates import templates_in
 
 SHARD_BYTES = 5 << 30
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -137,24 +137,15 @@ def copy_companions(base: Base, folder: Path) -> None:
     own = {name: base.tokenizer / name for name in tokenizer_files(base.tokenizer)} if base.tokenizer else {}
     for name, path in own.items():
         files.copy_file(path, folder / name)
-    template = _template_of(base.folder) if own and _template_of(base.tokenizer or base.folder) is None else None
+    templates = templates_in(base.folder) if own and not templates_in(base.tokenizer or base.folder) else {}
     for name in companions(base.folder):
         if not (folder / name).exists() and not (own and is_of_tokenizer(name)):
             files.copy_file(base.folder / name, folder / name)
-    if template is not None:  # the other tokenizer has none of its own
+    if templates:  # the other tokenizer has none of its own
         settings = files.read_json(folder / TOKENIZER_CONFIG) if (folder / TOKENIZER_CONFIG).is_file() else {}
-        files.write_json(folder / TOKENIZER_CONFIG, settings | {"chat_template": template})
-
-
-def _template_of(folder: Path) -> Any:
-    """The chat template of a tokenizer, in whichever of its two places it stands; None for none."""
-    if (folder / TEMPLATE_FILE).is_file():
-        return (folder / TEMPLATE_FILE).read_text()
-    return (
-        files.read_json(folder / TOKENIZER_CONFIG).get("chat_template")
-        if (folder / TOKENIZER_CONFIG).is_file()
-        else None
-    )
+        named = [{"name": name, "template": text} for name, text in templates.items()]
+        one = templates["default"] if list(templates) == ["default"] else named
+        files.write_json(folder / TOKENIZER_CONFIG, settings | {"chat_template": one})
 
 
 def write_config(folder: Path, config: dict[str, Any], quantization: dict[str, Any] | None) -> None:

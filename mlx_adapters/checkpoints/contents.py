@@ -5,17 +5,14 @@ templates in a folder of their own, a licence without an ending, a tokenizer in 
 their paths in the folder, with slashes.
 """
 
-import contextlib
 import os
 import re
 from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path
 
-from mlx_adapters.errors import AdapterError
 from mlx_adapters.models.base import INDEX_FILE, OTHER_FILE, WEIGHT_FILES
-from mlx_adapters.storage import files
-from mlx_adapters.storage.hf_names import TEMPLATE_FILE
+from mlx_adapters.storage.hf_names import TEMPLATE_FOLDER
 from mlx_adapters.storage.paths import is_litter
 from mlx_adapters.storage.tensor_names import CONFIG_FILE, FUSE_RECIPE_FILE, METADATA_FILE, REPORT_FILE
 
@@ -37,7 +34,6 @@ TOKENIZER = (
     "merges.txt",
     *VOCABULARIES,
 )
-TEMPLATES = (TEMPLATE_FILE, "tokenizer_config.json", "chat_template.json")  # where chat templates stand
 # What is made anew for each model, or says how other weights are packed.
 MADE_ANEW = ("README.md", "loss.svg", FUSE_RECIPE_FILE, REPORT_FILE, CONFIG_FILE, METADATA_FILE, "*quant*_config.json")
 
@@ -108,25 +104,11 @@ def is_tokenizer(name: str) -> bool:
 
 def is_of_tokenizer(name: str) -> bool:
     """Whether the file says how text becomes tokens: a vocabulary, or what goes with one."""
-    return "/" not in name and any(fnmatch(name, pattern) for pattern in TOKENIZER)
+    folder, _, file = name.rpartition("/")
+    return folder == TEMPLATE_FOLDER or (not folder and any(fnmatch(file, pattern) for pattern in TOKENIZER))
 
 
 def tokenizer_files(folder: Path) -> list[str]:
     """The files of the tokenizer in a folder, such as a trainer saves beside an adapter; none without a vocabulary."""
     own = [name for name in companions(folder) if is_of_tokenizer(name)]
     return own if any(map(is_tokenizer, own)) else []
-
-
-def template_in(folder: Path) -> str | None:
-    """The chat template of the tokenizer in a folder, from any of the files where transformers keeps one; None where
-    there is none that can be read."""
-    with contextlib.suppress(AdapterError, OSError, UnicodeError):
-        if (folder / TEMPLATES[0]).is_file():
-            return (folder / TEMPLATES[0]).read_text(encoding="utf-8")
-        for name in TEMPLATES[1:]:
-            found = files.read_json(folder / name).get("chat_template") if (folder / name).is_file() else None
-            named = found if isinstance(found, list) else [{"name": "default", "template": found}]
-            for one in named:
-                if isinstance(one, dict) and one.get("name") == "default" and isinstance(one.get("template"), str):
-                    return str(one["template"])
-    return None

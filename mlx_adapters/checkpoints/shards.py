@@ -9,7 +9,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from mlx_adapters.checkpoints.contents import TEMPLATES, is_of_tokenizer
+from mlx_adapters.checkpoints.contents import is_of_tokenizer
 from mlx_adapters.errors import FormatError, NotFoundError
 from mlx_adapters.models.base import numbered
 from mlx_adapters.storage import files, hf_names, paths, tensor_names
@@ -108,5 +108,7 @@ def weight_names(there: Iterable[str], where: str, tokenizer: bool = False) -> l
         if pickles:
             raise FormatError(f"'{where}' holds its weights in a pickle, {pickles[0]}.", PICKLE_HINT)
         raise FormatError(f"'{where}' has a {CONFIG_FILE}, but no weights.", "is it an adapter, and whole?")
-    beside = [name for name in there if (tokenizer and is_of_tokenizer(name)) or (shards and name in TEMPLATES)]
+    beside = [
+        name for name in there if (tokenizer and is_of_tokenizer(name)) or (shards and name in hf_names.TEMPLATE_FILES)
+    ]
     return [*(own or shards), *(name for name in (CONFIG_FILE, METADATA_FILE) if name in there), *beside]

@@ -18,7 +18,7 @@ from mlx_adapters.gguf_format.architectures import CONVERTER
 from mlx_adapters.gguf_format.pieces import BYTE as BYTE_TEXT
 from mlx_adapters.gguf_format.pieces import LEAST, Pieces, read_pieces, steps_of
 from mlx_adapters.storage import files
-from mlx_adapters.storage.hf_names import TEMPLATE_FILE
+from mlx_adapters.system.templates import templates_in
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # llama.cpp's kinds of tokens
 MAX_DIFFERENT = 5  # of the hard strings; above, the tokenizers are not the same
@@ -98,7 +98,7 @@ class GgufTokenizer:
     special: dict[str, int]
     add_bos: bool
     add_eos: bool
-    template: str | None
+    templates: Mapping[str, str]
 
     @property
     def start(self) -> str:
@@ -121,8 +121,8 @@ class GgufTokenizer:
             getattr(writer, f"add_{role}_token_id")(index)
         writer.add_add_bos_token(self.add_bos)
         writer.add_add_eos_token(self.add_eos)
-        if self.template is not None:
-            writer.add_chat_template(self.template)
+        if self.templates:
+            writer.add_chat_template([{"name": name, "template": text} for name, text in self.templates.items()])
 
     def encoder(self) -> Callable[[str], list[int]]:
         """What llama.cpp makes of a text with these lists; it adds no BOS and no EOS."""
@@ -181,8 +181,6 @@ def read_tokenizer(folder: Path, vocabulary: int, tokenizer: Any) -> GgufTokeniz
     ends = sorted(known - {special.get("eos")})
     special |= dict(zip(("eot", "eom"), ends, strict=False))  # what else ends an answer
     add_bos, add_eos = _added_around(tokenizer, special)
-    template = folder / TEMPLATE_FILE
-    text = template.read_text(encoding="utf-8") if template.is_file() else extra.get("chat_template")
     return GgufTokenizer(
         None if pieces else pre_tokenizer(stored.get("pre_tokenizer"), bool(bpe.get("ignore_merges"))),
         pieces,
@@ -191,7 +189,7 @@ def read_tokenizer(folder: Path, vocabulary: int, tokenizer: Any) -> GgufTokeniz
         special,
         add_bos,
         add_eos,
-        text if isinstance(text, str) else None,
+        templates_in(folder),
     )
 
 

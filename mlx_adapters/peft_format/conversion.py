@@ -8,7 +8,6 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from mlx_adapters.checkpoints.contents import template_in
 from mlx_adapters.checkpoints.originals import layout_of
 from mlx_adapters.checkpoints.places import OWN_BASE, Places
 from mlx_adapters.checkpoints.probing import Layout
@@ -23,6 +22,7 @@ from mlx_adapters.peft_format.reading import PeftAdapter, PeftModule, refuse_uns
 from mlx_adapters.peft_format.to_mlx import Converted, to_mlx
 from mlx_adapters.storage import hf_names, tensor_names
 from mlx_adapters.storage.tensor_names import WEIGHT
+from mlx_adapters.system.templates import template_in
 from mlx_adapters.units import count
 
 TEXT_HINT = "'import-peft --text-only' takes the text part, and so does 'fuse --from-peft' with it."

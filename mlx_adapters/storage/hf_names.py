@@ -14,7 +14,10 @@ from mlx_adapters.storage.tensor_names import ADAPTER_FILE, BIAS, CONFIG_FILE, L
 PEFT_WEIGHTS_FILE, PEFT_PICKLE_FILE = "adapter_model.safetensors", "adapter_model.bin"
 # transformers cuts a large adapter into these, and calls their index as a model's.
 PEFT_SHARDS, PEFT_PICKLE_SHARDS, INDEXES = "adapter_model-*.safetensors", "adapter_model-*.bin", "*.index.json"
-TEMPLATE_FILE = "chat_template.jinja"
+# Where chat templates stand: the only or default one, the named ones; before, in settings of a tokenizer or processor.
+TEMPLATE_FILE, TEMPLATE_FOLDER = "chat_template.jinja", "additional_chat_templates"
+TEMPLATE_SETTINGS = ("tokenizer_config.json", "chat_template.json")
+TEMPLATE_FILES = (TEMPLATE_FILE, *TEMPLATE_SETTINGS)
 PEFT_OUTPUT = Output(CONFIG_FILE, r"adapter_model\.safetensors|README\.md|chat_template\.jinja")
 VELORA = ".lora_velora_"  # what changes VeLoRA's backward pass alone
 PEFT_SCALE = "mlx_scale"  # in the file's metadata: the scale to the bit, where lora_alpha / r rounds

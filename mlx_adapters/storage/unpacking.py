@@ -16,6 +16,7 @@ from typing import IO
 from mlx_adapters.errors import FormatError
 from mlx_adapters.events import Note, OnEvent, log_warnings
 from mlx_adapters.storage import files
+from mlx_adapters.storage.hf_names import TEMPLATE_FOLDER
 from mlx_adapters.units import size
 
 BLOCK = 512
@@ -27,7 +28,6 @@ PACK_AGAIN = "'mlx-adapters pack' makes such files; ask for another one."
 MAX_RATIO, FREE_BYTES = 100, 64 << 20
 SAFE_SUFFIXES = (".safetensors", ".json", ".txt", ".md", ".model", ".tiktoken", ".jinja", ".yaml", ".yml")
 SAFE_NAMES = re.compile(r"[^.]+|.*\.model\.v\d+")  # LICENSE, USE_POLICY; Mistral's tokenizer.model.v3
-TEMPLATES = "additional_chat_templates"  # the one folder that a model in a pack may hold
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".npy", ".npz", ".joblib")
 
 
@@ -126,7 +126,7 @@ def _headers(stream: _Unzipped) -> Iterator[tarfile.TarInfo]:
 
 def _file_name(info: tarfile.TarInfo, path: Path) -> str:
     parts = [part for part in PurePosixPath(info.name).parts if part != "."]
-    inner = f"{TEMPLATES}/" if parts[-2:-1] == [TEMPLATES] and parts[-1].endswith(".jinja") else ""
+    inner = f"{TEMPLATE_FOLDER}/" if parts[-2:-1] == [TEMPLATE_FOLDER] and parts[-1].endswith(".jinja") else ""
     bad = info.name.startswith("/") or "\\" in info.name or "\0" in info.name or any(part == ".." for part in parts)
     if (
         bad

@@ -20,13 +20,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from jinja2 import Template
+from jinja2 import Template, TemplateSyntaxError
 
 from mlx_adapters.errors import ModelError
 from mlx_adapters.storage.paths import glob_there
 from mlx_adapters.system.gpu_kernels import bounded_sqrt, cumsum
 from mlx_adapters.system.limits import raise_open_files
-from mlx_adapters.system.templates import Bounded
+from mlx_adapters.system.templates import Bounded, template_in
 
 TESTED = "0.32"
 FP8_SCALES = "weight_scale_inv"  # the leaf of such a checkpoint's tensors
@@ -169,6 +169,7 @@ def _complete(module: nn.Module) -> None:
 def load_tokenizer(folder: Path, eos_token_ids: Any, chat_template: str | None = None) -> TokenizerWrapper:
     """The folder's tokenizer, with another chat template if one is given. Raises jinja2.TemplateSyntaxError for it.
 
+    Its own are one text: mlx-lm looks for tool calls in no others, and reads none that a processor has alone.
     Without being told, transformers asks on stdin whether to run code of the folder's.
     """
     extra: dict[str, Any] = {"trust_remote_code": trusts_remote_code()}
@@ -178,6 +179,9 @@ def load_tokenizer(folder: Path, eos_token_ids: Any, chat_template: str | None =
     tokenizer = mlx_lm_utils.load_tokenizer(folder, extra, eos_token_ids=eos_token_ids)
     if chat_template is not None:
         tokenizer._chat_template = None  # mlx-lm's own code for a kind of model would come first
+    elif tokenizer._chat_template is None and not isinstance(tokenizer.chat_template, str):
+        with contextlib.suppress(TemplateSyntaxError):  # it is told when it is used
+            return load_tokenizer(folder, eos_token_ids, own) if (own := template_in(folder)) else tokenizer
     return tokenizer
 
 

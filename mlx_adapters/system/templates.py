@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
+from pathlib import Path
 from types import BuiltinMethodType
 from typing import Any
 
@@ -25,11 +26,54 @@ from jinja2.exceptions import TemplateRuntimeError
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from mlx_adapters.errors import AdapterError
+from mlx_adapters.storage import files
+from mlx_adapters.storage.hf_names import TEMPLATE_FILE, TEMPLATE_FOLDER, TEMPLATE_SETTINGS
+from mlx_adapters.storage.paths import glob_there
+
 SECONDS, MEMORY_BYTES = 5.0, 1_000_000_000
 LONGEST = 10_000_000  # characters or items that one operation may make
 MOST_BITS = 100_000  # of a number
 LONG_TEXT, GROWTH = 1_000_000, 8  # a longer text must come from a conversation at least an eighth as long
 _WIDTH = re.compile(r"\d{7,}|\*")  # in a format: a width or precision of ten million, or taken from a value
+
+
+def templates_in(folder: Path) -> dict[str, str]:
+    """{name: text} of the chat templates in a folder, from any of the files where transformers keeps them; a single one
+    is the "default". None that can be read: {}."""
+    with contextlib.suppress(AdapterError, OSError, UnicodeError):
+        paths = {Path(path).stem: Path(path) for path in glob_there(str(folder / TEMPLATE_FOLDER / "*.jinja"))}
+        if (folder / TEMPLATE_FILE).is_file():
+            paths["default"] = folder / TEMPLATE_FILE
+        if paths:
+            return {name: path.read_text(encoding="utf-8") for name, path in paths.items()}
+        for file in TEMPLATE_SETTINGS:
+            found = files.read_json(folder / file).get("chat_template") if (folder / file).is_file() else None
+            if isinstance(found, list):  # as it is written; transformers has it as a mapping
+                found = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
+            named = found if isinstance(found, dict) else {"default": found}
+            if texts := {name: text for name, text in named.items() if isinstance(name, str) and isinstance(text, str)}:
+                return texts
+    return {}
+
+
+def template_in(folder: Path) -> str | None:
+    """The chat templates in a folder as one; None where there is none for any conversation."""
+    named = templates_in(folder)
+    return in_one(named) if "default" in named else None
+
+
+def in_one(named: Mapping[str, str]) -> str:
+    """Named templates as one, which renders what transformers renders: "tool_use" where there are tools, be it an empty
+    list of them, "default" elsewhere.
+
+        >>> in_one({"default": "a", "tool_use": "b"})
+        '{% if tools is none +%}a{%+ else +%}b{%+ endif %}'
+    """
+    if "tool_use" not in named:
+        return named["default"]
+    plain, with_tools = (named[name].removesuffix("\n") for name in ("default", "tool_use"))  # as jinja does at an end
+    return "{% if tools is none +%}" + plain + "{%+ else +%}" + with_tools + "{%+ endif %}"
 
 
 class LimitError(TemplateRuntimeError):

@@ -12,12 +12,12 @@ from helpers.tiny_configs import tiny_base
 
 from mlx_adapters.adapters.peft_export import export_peft
 from mlx_adapters.adapters.peft_import import import_peft
-from mlx_adapters.checkpoints.contents import template_in
 from mlx_adapters.config.fusing import FuseOptions
 from mlx_adapters.errors import AdapterError, FormatError
 from mlx_adapters.fusion.peft import fuse_peft
 from mlx_adapters.models.adapter import template_of
 from mlx_adapters.storage import files, tensor_files
+from mlx_adapters.system.templates import template_in
 
 LLAMA = FIXTURES / "llama"
 WEIGHTS = "adapter_model.safetensors"
