@@ -196,6 +196,7 @@ def _with_token_rows(
         indices = next((own for name, own in indices.items() if f".{path}".endswith(f".{name}")), None)
     vocabulary, width = weight_shape(places.layers[place])
     sound = isinstance(indices, list) and all(type(i) is int and 0 <= i < vocabulary for i in indices)
+    sound = sound and len(set(indices)) == len(indices)
     if not sound or tuple(rows.shape) != (len(indices or ()), width):
         raise FormatError(f"The rows for '{path}' do not fit trainable_token_indices in the PEFT config.", MEND)
     weight = whole.replaced.get(place)

@@ -10,7 +10,7 @@ from mlx.utils import tree_flatten
 
 from mlx_adapters.checkpoints.originals import layout_of
 from mlx_adapters.checkpoints.places import OWN_BASE, Places
-from mlx_adapters.checkpoints.probing import Layout
+from mlx_adapters.checkpoints.probing import Layout, Piece
 from mlx_adapters.errors import FormatError, IncompatibleError
 from mlx_adapters.events import Note, OnEvent, log_warnings
 from mlx_adapters.models.adapter import Adapter
@@ -18,10 +18,10 @@ from mlx_adapters.models.base import Base
 from mlx_adapters.models.dense import dense_weight, is_quantized, weight_shape
 from mlx_adapters.models.layers import adaptable_layers, check_fits, loads_in_mlx_lm, nn, tied
 from mlx_adapters.models.loading import load_module
-from mlx_adapters.peft_format.reading import PeftAdapter, PeftModule, refuse_unsaved_modules, refuse_whole
+from mlx_adapters.peft_format.reading import WHOLE, PeftAdapter, PeftModule, refuse_whole
 from mlx_adapters.peft_format.to_mlx import Converted, to_mlx
 from mlx_adapters.storage import hf_names, tensor_names
-from mlx_adapters.storage.tensor_names import WEIGHT
+from mlx_adapters.storage.tensor_names import BIAS, WEIGHT
 from mlx_adapters.system.templates import template_in
 from mlx_adapters.units import count
 
@@ -96,20 +96,72 @@ def prepared(peft: PeftAdapter, module: Any, layout: Layout, text_only: bool) ->
     A trainer that wraps the model, or trains its body alone, puts all of its names elsewhere. Raises FormatError for an
     adapter of more than the text model unless `text_only`.
     """
-    refuse_unsaved_modules(peft, layout.shapes)
     places = Places(adaptable_layers(module), layout)
     known = [path for path in peft.modules if not (hf_names.is_end(path) or hf_names.is_of_experts(path))]
     names = {tensor_names.split(name)[0] for name in layout.shapes} | set(places.layers)
     beginnings = tensor_names.other_beginning(known, places.known, names)
     peft = peft if beginnings in (None, ("", "")) else peft.renamed(*beginnings)
     parts = _other_parts(peft, places)
+    _refuse_unsaved_modules(peft, places)
     if not parts:
-        return peft, []
+        return peft, _unsaved_biases(peft, places)
     told = [f"'{part}' ({count(len(names), 'tensor')})" for part, names in parts.items()]
     if not text_only:
         raise FormatError(f"The PEFT adapter also changes {', '.join(told)}, which mlx-lm leaves out.", TEXT_HINT)
     peft = peft.without(lambda path: any(f"{path}.".startswith(f"{part}.") for part in parts))
-    return peft, [f"Left out, as no part of the text model: {', '.join(told)}."]
+    return peft, [f"Left out, as no part of the text model: {', '.join(told)}.", *_unsaved_biases(peft, places)]
+
+
+def _refuse_unsaved_modules(peft: PeftAdapter, places: Places) -> None:
+    """Raise FormatError if the config promises whole modules that the file does not hold, or not all of.
+
+    PEFT goes by how a module's name ends, and saves nothing for one that is not among the base's. With
+    `ensure_weight_tying` the embedding's weight is the head's, too.
+    """
+    layout, saved = places.layout, peft.settings.modules_to_save
+    held = {place for name in peft.dense for place in _targets(places.tensor(name))}
+    there = [name for name in layout.shapes if tensor_names.split(name)[1] == WEIGHT and _targets(layout.of(name))]
+    for end in saved:
+        known = hf_names.is_end(end) or any(f"{end}." in name for name in layout.shapes)
+        tied_to = peft.settings.tying and hf_names.is_head(end) and any(map(hf_names.is_embedding, saved))
+        if known and not tied_to and not any(f"{end}." in name for name in peft.dense):
+            raise FormatError(
+                f"The PEFT config names '{end}' in modules_to_save, but the file does not hold it.", WHOLE
+            )
+        wanted = [name for name in there if _is_of_module(name, end)]
+        lacking = [name for name in wanted if not _targets(layout.of(name)) & held]
+        if 0 < len(lacking) < len(wanted):
+            raise FormatError(
+                f"The PEFT config names '{end}' in modules_to_save, but of these the file lacks '{lacking[0]}'.", WHOLE
+            )
+
+
+def _targets(pieces: list[Piece]) -> set[tuple[str, int | None]]:
+    return {(piece.target, piece.index) for piece in pieces}
+
+
+def _is_of_module(name: str, end: str) -> bool:
+    """Whether a tensor is of a module whose path ends so; of experts, which files hold in several forms, none is."""
+    path = tensor_names.split(name)[0]
+    if hf_names.block_of_experts(name) or hf_names.split_switch(path):
+        return False
+    steps = path.split(".")
+    return any(".".join(steps[:i]).endswith(end) for i in range(1, len(steps) + 1))
+
+
+def _unsaved_biases(peft: PeftAdapter, places: Places) -> list[str]:
+    """What to tell of biases that were trained by the word of the config and are not in the file, as PEFT wrote it for
+    a time with "lora_only"."""
+    kind, layout = peft.settings.raw.get("bias"), places.layout
+    if kind in (None, "none"):
+        return []
+    adapted = (tensor_names.join(path, BIAS) for path in peft.modules)
+    everywhere = (name for name in layout.shapes if tensor_names.split(name)[1] == BIAS and layout.of(name))
+    held = {place for name in peft.dense for place in _targets(places.tensor(name))}
+    wanted = everywhere if kind == "all" else adapted
+    lacking = [name for name in wanted if (own := _targets(places.tensor(name))) and not own & held]
+    told = f"The PEFT config trains biases (bias {kind!r}), but the file lacks {len(lacking):,} of them"
+    return [f"{told}, such as '{lacking[0]}': these stay the base's."] if lacking else []
 
 
 def _other_parts(peft: PeftAdapter, places: Places) -> dict[str, list[str]]:

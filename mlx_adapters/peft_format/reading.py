@@ -6,7 +6,7 @@ one half of an update, a copy of the base's embedding, or one of the things MLX'
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,21 +22,18 @@ from mlx_adapters.storage import files, hf_names, paths, tensor_files, tensor_na
 from mlx_adapters.storage.hf_names import (
     EMBEDDINGS,
     HEADS,
+    ORIGINAL,
     PEFT_CLASSIFIERS,
     PEFT_PREFIX,
     PEFT_SCALE,
     POSITIONS,
-    is_end,
+    TOKEN_ROWS,
+    TRAINED,
 )
 from mlx_adapters.storage.tensor_names import CONFIG_FILE, WEIGHT
 
 DTYPES = ("F32", "F16", "BF16")
 WHOLE, AGAIN = "is the file whole?", "save the adapter again with PEFT."
-TOKEN_ROWS = "trainable_tokens_delta"
-ORIGINAL, TRAINED = (
-    "original_module",
-    "modules_to_save",
-)  # where PEFT keeps both, which it saves of a resized vocabulary
 
 
 @dataclass(frozen=True)
@@ -180,7 +177,7 @@ def _read_tensors(folder: Path) -> tuple[dict[str, mx.array], float | None]:
         scale = _number(metadata.get(PEFT_SCALE)) if scale is None else scale
     if not tensors:
         raise FormatError(f"The PEFT adapter '{folder}' holds no tensors.", WHOLE)
-    names = hf_names.unwrapped(tensors)
+    names = hf_names.without_adapter_name(hf_names.unwrapped(tensors))
     if len(set(names.values())) < len(names):
         twice = next(name for name, count in Counter(names.values()).items() if count > 1)
         raise FormatError(f"The PEFT adapter has '{twice}' twice.", "the file holds more than one adapter.")
@@ -210,9 +207,23 @@ def _sort(peft: PeftAdapter, tensors: dict[str, mx.array]) -> PeftAdapter:
             kinds.setdefault(path, set()).add(embedding)
     for path, leaves in halves.items():
         peft.modules[path] = _module(path, leaves, kinds.get(path, set()), peft.settings)
+        _take_for_copy(path, peft)
     if not peft.modules and peft.beyond_lora is None:
         raise FormatError(f"'{peft.folder}' holds no LoRA tensors.", WHOLE)
     return peft
+
+
+def _take_for_copy(path: str, peft: PeftAdapter) -> None:
+    """A whole weight beside its own update is the base's: PEFT before 0.7 called it so in a state that is saved whole.
+
+    Raises FormatError if the config has it trained.
+    """
+    weight = peft.dense.pop(tensor_names.join(path, WEIGHT), None)
+    if weight is None:
+        return
+    if any(path.endswith(name) for name in peft.settings.modules_to_save):
+        raise FormatError(f"The PEFT adapter has both an update of '{path}' and its whole weight, trained.", AGAIN)
+    peft.base_copies.setdefault(path, weight)
 
 
 def _module(path: str, leaves: dict[str, mx.array], kinds: set[bool], settings: PeftSettings) -> PeftModule:
@@ -259,7 +270,7 @@ def _set_apart(name: str, array: mx.array, peft: PeftAdapter) -> None:
         peft.base_copies[own] = array
     elif holder == TRAINED:
         _set_apart(tensor_names.join(PEFT_PREFIX + own, leaf), array, peft)
-    elif path.endswith(".lora_B") or ".lora_B." in path:
+    elif leaf == tensor_names.BIAS and (path.endswith(".lora_B") or ".lora_B." in path):
         raise FormatError(f"The PEFT adapter has lora_bias: '{name}'.", MERGE_THERE)
     elif leaf == WEIGHT and path.endswith(".base_layer"):
         peft.base_copies[path.removesuffix(".base_layer").removesuffix(".token_adapter")] = array
@@ -299,14 +310,3 @@ def refuse_unsaved(adapter: PeftAdapter) -> None:
         )
     if raw.get("trainable_token_indices") and not adapter.token_rows:
         raise FormatError("The PEFT config has trainable_token_indices, but the file holds no rows for them.", WHOLE)
-
-
-def refuse_unsaved_modules(adapter: PeftAdapter, there: Iterable[str]) -> None:
-    """Raise FormatError if the config promises whole modules that the file does not hold. PEFT goes by how a module's
-    name ends, and saves nothing for one that is not among the base's tensors `there`."""
-    for name in adapter.settings.modules_to_save:
-        known = is_end(name) or any(f"{name}." in tensor for tensor in there)
-        if known and not any(f"{name}." in tensor for tensor in adapter.dense):
-            raise FormatError(
-                f"The PEFT config names '{name}' in modules_to_save, but the file does not hold it.", WHOLE
-            )

@@ -18,6 +18,7 @@ from mlx_adapters.peft_format.patterns import full_match
 # Initializations that leave the base's weights alone; the others move a part of them into the adapter.
 HARMLESS_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica", "true", "false")
 CONVERTED_HINT = "save it in PEFT with path_initial_model_for_weight_conversion, which makes an ordinary adapter of it."
+NO_TYPE = "it names no peft_type."
 MEND = "mend adapter_config.json, or save the adapter again with PEFT."
 FUSE_HINT = "'mlx-adapters fuse --from-peft' applies it while fusing."
 NOT_EXPRESSIBLE = {
@@ -87,6 +88,11 @@ class PeftSettings:
         """Settings that are set and that this package has never heard of, sorted."""
         known = WITHOUT_EFFECT | NOT_EXPRESSIBLE.keys()
         return sorted(key for key, value in self.raw.items() if key not in known and value not in (None, False))
+
+    @property
+    def tying(self) -> bool:
+        """Whether an output layer that is the embedding repeats what was trained there."""
+        return self.raw.get("ensure_weight_tying") is True
 
     @property
     def base_name(self) -> str | None:
@@ -159,7 +165,7 @@ def _refuse_other_methods(raw: Mapping[str, Any]) -> None:
     if method != "LORA":
         raise FormatError(
             f"This is a PEFT adapter of type {method!r}, not LORA." if method else "This is not a PEFT config.",
-            "MLX's adapter layers are LoRA and DoRA only." if method else "it names no peft_type.",
+            f"MLX's adapter layers are LoRA and DoRA only; if PEFT can, {MERGE_THERE}" if method else NO_TYPE,
         )
     for field, reason in NOT_EXPRESSIBLE.items():
         if raw.get(field):
@@ -167,7 +173,8 @@ def _refuse_other_methods(raw: Mapping[str, Any]) -> None:
     start = raw.get("init_lora_weights", True)
     if isinstance(start, dict | list) or (start.lower() if isinstance(start, str) else start) not in HARMLESS_STARTS:
         raise FormatError(
-            f"The PEFT adapter was initialized by {start!r}, which changes the base model's weights.", CONVERTED_HINT
+            f"The PEFT adapter was initialized by {start!r}, which changes the base model's weights.",
+            MERGE_THERE if str(start).lower() == "loftq" else CONVERTED_HINT,
         )
 
 

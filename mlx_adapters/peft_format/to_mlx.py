@@ -215,6 +215,8 @@ def one_ended(peft: PeftAdapter, layers: Mapping[str, nn.Module]) -> list[PeftMo
     if not tied(layers) or repeated_head(peft, layers) is not None:
         return []
     modules = peft.modules.items()
+    if peft.settings.tying and not any(map(is_head, peft.modules)):
+        return []  # PEFT ties the two when it loads it, whether or not the file repeats them
     return [m for path, m in modules if is_head(path) or (m.embedding and path.rpartition(".")[2] not in POSITIONS)]
 
 
@@ -228,5 +230,6 @@ def needs_untying(peft: PeftAdapter, layers: Mapping[str, nn.Module]) -> bool:
     """Whether PEFT's model has two different ends where the base has one matrix."""
     ends = replaced_ends(peft) if tied(layers) else []
     alike = len(ends) == 2 and mx.array_equal(*(peft.dense[name] for name in ends)).item()
+    alike = alike or (peft.settings.tying and not any(is_head(split(name)[0]) for name in ends))
     rows = tied(layers) and any(is_head(path) for path in peft.token_rows)
     return bool(one_ended(peft, layers)) or (bool(ends) and not alike) or rows

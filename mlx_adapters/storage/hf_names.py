@@ -1,7 +1,7 @@
 """How transformers, PEFT and Hugging Face's checkpoints name modules and tensors."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from mlx_adapters.storage.replacing import Output
 from mlx_adapters.storage.tensor_names import ADAPTER_FILE, BIAS, CONFIG_FILE, LORA_A, LORA_B, MAGNITUDE, WEIGHT
@@ -19,6 +19,8 @@ TEMPLATE_FILE, TEMPLATE_FOLDER = "chat_template.jinja", "additional_chat_templat
 TEMPLATE_SETTINGS = ("tokenizer_config.json", "chat_template.json")
 TEMPLATE_FILES = (TEMPLATE_FILE, *TEMPLATE_SETTINGS)
 PEFT_OUTPUT = Output(CONFIG_FILE, r"adapter_model\.safetensors|README\.md|chat_template\.jinja")
+TOKEN_ROWS = "trainable_tokens_delta"
+ORIGINAL, TRAINED = "original_module", "modules_to_save"  # where a state keeps both weights of a module trained whole
 VELORA = ".lora_velora_"  # what changes VeLoRA's backward pass alone
 PEFT_SCALE = "mlx_scale"  # in the file's metadata: the scale to the bit, where lora_alpha / r rounds
 PEFT_PREFIX = "base_model.model."
@@ -143,6 +145,16 @@ def unwrapped(names: Iterable[str]) -> dict[str, str]:
     if len(set(heads.values())) > 1 or len(prefixed) < len(heads):
         return plain
     return {name: own.removeprefix(heads[own]) for name, own in plain.items()}
+
+
+def without_adapter_name(names: Mapping[str, str]) -> dict[str, str]:
+    """The same without the adapter's own name, `default` or that in its factors' names, where a state that is saved
+    whole has it: `lm_head.modules_to_save.default.weight`, `token_adapter.trainable_tokens_delta.default`."""
+    matches = (_PEFT_ADAPTER_TENSOR.fullmatch(name.removeprefix(PEFT_PREFIX)) for name in names.values())
+    tails = {match[3].removesuffix(f".{WEIGHT}").removeprefix(".") for match in matches if match}
+    own = "|".join(map(re.escape, sorted({"default", *tails} - {""})))
+    held = re.compile(rf"\.(?:{TRAINED}\.(?:{own})(?=\.)|({TOKEN_ROWS})\.(?:{own})$)")
+    return {name: held.sub(lambda m: f".{m[1]}" if m[1] else "", plain) for name, plain in names.items()}
 
 
 def parse_peft_tensor(name: str) -> tuple[str, str, bool] | None:

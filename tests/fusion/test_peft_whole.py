@@ -1,0 +1,155 @@
+"""Whole tensors of PEFT adapters as other programs save them: under other names, repeated, or not all of them."""
+
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from helpers.peft import FIXTURES, base_of
+
+from mlx_adapters.adapters.peft_import import import_peft
+from mlx_adapters.config.fusing import FuseOptions
+from mlx_adapters.errors import AdapterError, FormatError, IncompatibleError
+from mlx_adapters.fusion.peft import fuse_peft
+from mlx_adapters.models.loading import load_model
+from mlx_adapters.sources.bases import resolve_base
+from mlx_adapters.storage import files, tensor_files
+
+QUIET = FuseOptions(method="nearest", check=False)
+WEIGHTS, CONFIG, PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
+
+
+def changed(case: str, tmp_path: Path, change, **settings) -> Path:
+    """A copy of one of PEFT's adapters with other tensors (`change` of a dict of them) and settings."""
+    folder, source = tmp_path / "peft", FIXTURES / case
+    folder.mkdir()
+    tensors = dict(mx.load(str(source / WEIGHTS)))
+    mx.eval(tensors)
+    tensor_files.write_safetensors(folder / WEIGHTS, change(tensors))
+    files.write_json(folder / CONFIG, files.read_json(source / CONFIG) | settings)
+    return folder
+
+
+def distance(case: str, folder: Path, tmp_path: Path) -> float:
+    """How far the logits of the model fused from `folder` are from PEFT's of the adapter `case`."""
+    base = base_of(FIXTURES / case)
+    expected = mx.load(str(base.parent / "logits.safetensors"))
+    fuse_peft(folder, tmp_path / "out", base=base, options=QUIET)
+    own = case.partition("/")[2]
+    key = own if own in expected else f"{own}/unmerged"
+    return mx.abs(load_model(resolve_base(tmp_path / "out")).logits(expected["input_ids"]) - expected[key]).max().item()
+
+
+def named(name: str, own: str) -> str:
+    """A tensor's name as the state of the whole model has it, with the adapter's name `own`."""
+    if ".lora_" in name:
+        return name.replace(".weight", f".{own}.weight")
+    if name.endswith("trainable_tokens_delta"):
+        return f"{name}.{own}"
+    return name.replace(".weight", f".modules_to_save.{own}.weight")
+
+
+@pytest.mark.parametrize("own", ["default", "sql"])
+@pytest.mark.parametrize("case", ["modules-to-save", "norms-to-save", "trainable-tokens"])
+def test_the_adapters_name_may_be_left_in_all_names(case, own, tmp_path):
+    case = f"llama/refused/{case}"
+    base = mx.load(str(base_of(FIXTURES / case) / "model.safetensors"))
+
+    def whole_state(tensors):
+        copies = {n: base[n.removeprefix(PREFIX)] for n in tensors if n.removeprefix(PREFIX) in base}
+        copies = {n.replace(".weight", ".original_module.weight"): array for n, array in copies.items()}
+        return copies | {named(name, own): array for name, array in tensors.items()}
+
+    assert distance(case, changed(case, tmp_path, whole_state), tmp_path) < 1e-4
+
+
+@pytest.mark.parametrize("case", ["qwen2/ensure-tying", "qwen2/refused/tied-to-save-ensured"])
+def test_ends_that_peft_ties_need_be_in_the_file_once(case, tmp_path):
+    """Programs that save shared memory once leave the head out; PEFT ties it again when it loads the adapter."""
+
+    def once(tensors):
+        kept = {name: array for name, array in tensors.items() if "lm_head" not in name}
+        assert len(kept) < len(tensors)
+        return kept
+
+    assert distance(case, changed(case, tmp_path, once), tmp_path) < 1e-4
+    assert files.read_json(tmp_path / "out" / "config.json")["tie_word_embeddings"]
+
+
+@pytest.mark.parametrize("saved", [["input_layernorm"], ["norm"], ["model.layers.0", "model.layers.1"]], ids=str)
+def test_a_part_of_the_whole_modules_is_not_all(saved, tmp_path):
+    case = "llama/refused/norms-to-save"
+
+    def less(tensors):
+        return {name: array for name, array in tensors.items() if "layers.1.input_layernorm" not in name}
+
+    folder = changed(case, tmp_path, less, modules_to_save=saved)
+    with pytest.raises(FormatError, match=f"{saved[0]}' in modules_to_save, but of these the file lacks"):
+        fuse_peft(folder, tmp_path / "out", base=base_of(FIXTURES / case), options=QUIET)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_whole_weight_beside_its_own_update_is_the_bases(tmp_path):
+    """PEFT before 0.7 kept the base's weight under the module's own name, which a whole state has too."""
+    case, base = "llama/float-alpha", FIXTURES / "llama" / "base"
+    own = {PREFIX + name: array for name, array in mx.load(str(base / "model.safetensors")).items()}
+
+    def with_copies(tensors, factor=1.0):
+        modules = [name.replace(".lora_A", "") for name in tensors if ".lora_A" in name]
+        return tensors | {name: own[name] * factor for name in modules}
+
+    folder = changed(case, tmp_path, lambda tensors: with_copies(tensors, 1.001))
+    assert distance(case, folder, tmp_path) < 1e-4
+    wanted = import_peft(FIXTURES / case, base=base, name="wanted")
+    assert import_peft(folder, base=base, name="it").fingerprint == wanted.fingerprint
+    (tmp_path / "other").mkdir()
+    folder = changed(case, tmp_path / "other", lambda tensors: with_copies(tensors, 1.5))
+    with pytest.raises(IncompatibleError, match="differs from the copy in the PEFT adapter"):
+        import_peft(folder, base=base, name="other")
+
+
+def test_a_module_that_is_trained_whole_has_no_update(tmp_path):
+    base = FIXTURES / "llama" / "base"
+    path = "model.layers.1.self_attn.q_proj"
+
+    def both(tensors):
+        factors = [array for name, array in tensors.items() if f"{path}.lora_A" in name]
+        assert factors
+        return tensors | {f"{PREFIX}{path}.weight": mx.ones((64, 64))}
+
+    folder = changed("llama/all-linear", tmp_path, both, modules_to_save=[path])
+    with pytest.raises(FormatError, match=f"both an update of '{path}' and its whole weight"):
+        fuse_peft(folder, tmp_path / "out", base=base, options=QUIET)
+
+
+@pytest.mark.parametrize("case, kind", [("bias-all", "all"), ("bias-lora-only", "lora_only")])
+def test_biases_that_were_trained_and_not_saved_are_told(case, kind, tmp_path):
+    case, said = f"qwen2/refused/{case}", []
+
+    def without(tensors):
+        return {name: array for name, array in tensors.items() if not name.endswith(".bias")}
+
+    folder, base = changed(case, tmp_path, without), base_of(FIXTURES / case)
+    import_peft(folder, base=base, name="it", on_event=said.append)
+    fuse_peft(folder, tmp_path / "out", base=base, options=QUIET, on_event=said.append)
+    told = [str(event) for event in said if f"trains biases (bias '{kind}'), but the file lacks" in str(event)]
+    assert len(told) == 2
+    said.clear()
+    fuse_peft(FIXTURES / case, tmp_path / "whole", base=base, options=QUIET, on_event=said.append)
+    assert not any("trains biases" in str(event) for event in said)
+
+
+def test_a_token_is_trained_once(tmp_path):
+    case = "llama/refused/trainable-tokens"
+    indices = files.read_json(FIXTURES / case / CONFIG)["trainable_token_indices"]["embed_tokens"]
+    assert len(indices) > 1
+    folder = changed(case, tmp_path, dict, trainable_token_indices={"embed_tokens": [indices[0]] * len(indices)})
+    with pytest.raises(FormatError, match="do not fit trainable_token_indices"):
+        fuse_peft(folder, tmp_path / "out", base=FIXTURES / "llama" / "base", options=QUIET)
+
+
+@pytest.mark.parametrize("settings", [{"peft_type": "LOHA"}, {"init_lora_weights": "loftq"}], ids=str)
+def test_what_peft_alone_can_merge_says_so(settings, tmp_path):
+    folder = changed("llama/float-alpha", tmp_path, dict, **settings)
+    with pytest.raises(AdapterError) as caught:
+        import_peft(folder, base=FIXTURES / "llama" / "base", name="it")
+    assert "merge_and_unload" in caught.value.hint
