@@ -22,14 +22,16 @@ from mlx_adapters.errors import FormatError, NotFoundError
 from mlx_adapters.rows import hub, objects
 from mlx_adapters.rows.files import Located, read_file, suffix_of
 from mlx_adapters.rows.row import DEFAULTS, RawRow, columns_of
-from mlx_adapters.rows.shapes import ORDINARY
+from mlx_adapters.rows.shapes import ORDINARY, belongs
 from mlx_adapters.rows.splits import NAMES, SAVED_BY_DATASETS, files_of, passed_over
+from mlx_adapters.rows.values import is_missing
 from mlx_adapters.storage import files, paths
 from mlx_adapters.storage.files import sha256
 from mlx_adapters.storage.tensor_names import ROWS_FOLDER
 from mlx_adapters.units import count
 
 SPLITS = tuple(NAMES)
+OF_ROWS = {"weight", "label"}  # columns that are used beside what a row says
 PYTHON = "Python"  # the source of rows that no file holds
 Item = TypeVar("Item")
 
@@ -76,15 +78,20 @@ class DataSet:
 
 
 def _understood(name: str, rows: Sequence[RawRow]) -> list[str]:
-    """In one line, how rows are understood, if that needs saying."""
+    """In one line, how rows are understood and what of them is not used, if that needs saying."""
     shapes = Counter(row.canonical.shape for row in rows)
-    if len(shapes) < 2 and ORDINARY.issuperset(shapes):
+    used = {name for row in rows for name in row.canonical.used} | OF_ROWS
+    filled = dict.fromkeys(name for row in rows for name, value in row.values.items() if _says_something(value))
+    unused = [name for name in filled if name not in used]
+    if len(shapes) < 2 and ORDINARY.issuperset(shapes) and not any(map(belongs, unused)):
         return []
-    used = {name for row in rows for name in row.canonical.used}
-    unused = [name for name in dict.fromkeys(name for row in rows for name in row.values) if name not in used]
     ignored = f"; not used: {', '.join(map(repr, unused[:6]))}{', ...' if unused[6:] else ''}" if unused else ""
     kinds = [f"{n:,} as {shape}" if len(shapes) > 1 else shape for shape, n in shapes.most_common()]
     return [f"Rows of {name} are read as {', '.join(kinds)}{ignored}."]
+
+
+def _says_something(value: Any) -> bool:
+    return not is_missing(value) and not (isinstance(value, str | list | tuple | Mapping) and not value)
 
 
 # What a function that takes data accepts.

@@ -315,7 +315,7 @@ def _headers(written: Written, edges: Mapping[int, int | None]) -> list[str]:
 
 def _headers_of_probe(written: Written) -> list[str]:
     probe = written.probe()
-    return [] if probe is None else _headers(probe, {k: _by_prompt(probe, k) for k in (1, 3)})
+    return [] if probe is None else _headers(probe, {k: _by_prompt(probe, k) for k in (1, 3) if probe.own(k)})
 
 
 def _by_header(written: Written, message: int, headers: Sequence[str]) -> int | None:

@@ -2,11 +2,12 @@
 
 A message is {"role", "content", ...}: content is text, or None beside tool calls as OpenAI writes it; `tool_calls` is
 a list of {"type": "function", "function": {"name", "arguments"}} with the arguments as an object. Accepted are also:
-ShareGPT's `from` and `value`, lists of content parts, arguments and calls as JSON text, OpenAI's older
-`function_call`, and a whole conversation as JSON text.
+ShareGPT's `from` and `value`, other names of the speakers, lists of content parts, arguments and calls as JSON text,
+OpenAI's older `function_call`, its `refusal` in place of an answer, and a whole conversation as JSON text.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +16,7 @@ from mlx_adapters.rows.values import is_missing, kind, parsed, plain
 from mlx_adapters.templates.habits import thoughts
 
 Message = dict[str, Any]
-# Names of the speakers in ShareGPT's rows.
+# Names of the speakers in ShareGPT's rows and others', in small letters.
 SPEAKERS = {
     "human": "user",
     "user": "user",
@@ -25,17 +26,24 @@ SPEAKERS = {
     "chatgpt": "assistant",
     "bing": "assistant",
     "bard": "assistant",
+    "ai": "assistant",
     "system": "system",
     "developer": "developer",
     "tool": "tool",
     "observation": "tool",
     "function_response": "tool",
+    "tool_response": "tool",
     "function": "tool",
     "function_call": "assistant",
+    "tool_call": "assistant",
 }
+CALLING = ("function_call", "tool_call")  # speakers whose words are a call
+ARGUMENTS = ("arguments", "parameters", "args", "input")  # what a call gives its function
+CONTENTS = ("content", "value", "text")  # what holds a speaker's words
 WEIGHTS = ("weight", "train", "training", "loss")  # OpenAI's, what axolotl's rows have, and ms-swift's
 TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
 THOUGHT_PARTS = ("thinking", "reasoning")
+_PYTHON = re.compile(r"\s*\[\s*\{\s*'(role|content|from|value)'\s*:")
 
 
 def conversation(value: Any, where: str, name: str = "messages") -> tuple[list[Message], tuple[int, ...]]:
@@ -48,12 +56,35 @@ def conversation(value: Any, where: str, name: str = "messages") -> tuple[list[M
 
     Raises FormatError, naming the place and the message.
     """
-    value = parsed(value)
+    value = parsed(spelled(value, name, where))
     if not isinstance(value, list | tuple) or not value:
         raise FormatError(f"{where}: '{name}' must be a list with at least one message.")
     of = "" if name == "messages" else f" of '{name}'"
     weighted = [_message(message, f"message {i}{of}", where) for i, message in enumerate(value, 1)]
     return [message for message, _ in weighted], tuple(weight for _, weight in weighted)
+
+
+def spelled(value: Any, name: str, where: str) -> Any:
+    """The messages that a text spells as JSON; any other value as it is. Raises FormatError, naming the place, for
+    messages as Python prints them."""
+    if isinstance(value, str) and _PYTHON.match(value):
+        raise FormatError(
+            f"{where}: '{name}' holds messages as Python prints them, and not as JSON.",
+            "write the rows as JSON: of a frame, to_json('train.jsonl', orient='records', lines=True).",
+        )
+    read = parsed(value)
+    speak = isinstance(read, list) and read and all(isinstance(m, dict) and {"role", "from"} & m.keys() for m in read)
+    return read if speak else value
+
+
+def earlier(history: Any) -> list[Message]:
+    """The turns of a `history`, a list of questions with their answers; none of anything else."""
+    pairs = parsed(history)
+    if not isinstance(pairs, list | tuple):
+        return []
+    if not all(isinstance(pair, list | tuple) and [*map(type, pair)] == [str, str] for pair in pairs):
+        return []
+    return [turn(role, said) for pair in pairs for role, said in zip(("user", "assistant"), pair, strict=True)]
 
 
 def turn(role: str, content: str) -> Message:
@@ -89,17 +120,13 @@ def _message(value: Any, name: str, where: str) -> tuple[Message, int]:
     value = parsed(value)
     if not isinstance(value, Mapping):
         raise FormatError(f"{where}: {name} must be an object, not {kind(value)}.")
-    given = value if "role" in value else _from_sharegpt(value, name, where)
+    given = _in_usual_names(value, name, where)
     message = plain(given)
-    if not isinstance(message.get("role"), str):
-        raise FormatError(f"{where}: {name} has no 'role'.", 'a message is {"role": "user", "content": "..."}.')
     weight = min(_weight(message.pop(field, 1), name, where) for field in WEIGHTS)
     if "function_call" in message:
         call = message.pop("function_call")
         if call:
             message["tool_calls"] = [call]
-    if message["role"] == "function":
-        message["role"] = "tool"
     if not message.get("tool_calls"):
         message.pop("tool_calls", None)
     else:
@@ -108,17 +135,22 @@ def _message(value: Any, name: str, where: str) -> tuple[Message, int]:
     return message, weight
 
 
-def _from_sharegpt(value: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
-    """{"from": "human", "value": "..."} as a message."""
-    if "from" not in value:
+def _in_usual_names(value: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
+    """The message with `role` and `content`, such as ShareGPT's {"from": "human", "value": "..."}."""
+    called = next((field for field in ("role", "from") if not is_missing(value.get(field))), None)
+    speaker = value[called] if called else None
+    known = SPEAKERS.get(speaker.lower()) if isinstance(speaker, str) else None
+    if called is None or (called == "role" and not isinstance(speaker, str)):
         raise FormatError(f"{where}: {name} has no 'role'.", 'a message is {"role": "user", "content": "..."}.')
-    speaker = value["from"]
-    if not isinstance(speaker, str) or speaker not in SPEAKERS:
+    if called == "from" and known is None:
         raise FormatError(f"{where}: {name} is 'from' {speaker!r}, who is unknown.", f"known: {', '.join(SPEAKERS)}.")
-    rest = {key: item for key, item in value.items() if key not in ("from", "value")}
-    if speaker == "function_call":
-        return rest | {"role": "assistant", "content": None, "tool_calls": value.get("value")}
-    return rest | {"role": SPEAKERS[speaker], "content": value.get("value")}
+    there = [field for field in CONTENTS if field in value]
+    field = next((field for field in there if not is_missing(value[field])), next(iter(there), None))
+    rest = {key: item for key, item in value.items() if key not in ("role", "from", field)}
+    said = {} if field is None else {"content": value[field]}
+    if speaker.lower() in CALLING:
+        said = {"content": None, "tool_calls": said.get("content")}
+    return rest | {"role": known or speaker} | said
 
 
 def _weight(value: Any, name: str, where: str) -> int:
@@ -139,14 +171,12 @@ def _call(value: Any, name: str, where: str) -> Message:
     call = dict(value) if isinstance(value, Mapping) else {}
     function = parsed(call.get("function"))
     if not isinstance(function, dict):  # {"name", "arguments"} alone
-        function = {key: call.pop(key) for key in ("name", "arguments", "parameters") if key in call}
-        if "parameters" in function:
-            function.setdefault("arguments", function.pop("parameters"))
+        function = {key: call.pop(key) for key in ("name", *ARGUMENTS) if key in call}
+    given = [function.pop(key) for key in ARGUMENTS if key in function]
     if not isinstance(function.get("name"), str):
         hint = 'a call is {"type": "function", "function": {"name": "...", "arguments": {...}}}.'
         raise FormatError(f"{where}: a tool call of {name} has no 'name'.", hint)
-    arguments = function.get("arguments", {})
-    arguments = {} if arguments == "" else parsed(arguments)
+    arguments = parsed(next((value for value in given if value not in (None, "")), {}))
     if isinstance(arguments, str):
         hint = 'they are an object, or its JSON text: "{\\"city\\": \\"Oslo\\"}".'
         raise FormatError(f"{where}: the arguments of a tool call of {name} are no JSON: {arguments[:40]!r}.", hint)
@@ -163,6 +193,8 @@ def _set_content(message: Message, given: Mapping[str, Any], name: str, where: s
         content = [content]
     if isinstance(content, list):
         content = _joined(content, message, name, where)
+    if not content and isinstance(message.get("refusal"), str):
+        content = message.pop("refusal")
     if content is None:
         if "content" not in given and not message.get("tool_calls") and not thoughts(message):
             raise FormatError(f"{where}: {name} has no 'content'.", 'an empty one is written "".')
@@ -188,7 +220,8 @@ def _joined(parts: list[Any], message: Message, name: str, where: str) -> str:
         elif isinstance(part, dict) and (what in TEXT_PARTS or (what is None and "text" in part)):
             texts.append(part.get(what if what in part else "text", ""))
         elif what in THOUGHT_PARTS:
-            thoughts.append(part.get(what, part.get("text", "")))
+            thought = part.get(what, part.get("text", ""))
+            thoughts.append(_joined(thought, {}, name, where) if isinstance(thought, list) else thought)
         else:
             shown = f"a part of type {what!r}" if isinstance(what, str) else kind(part)
             raise FormatError(
@@ -198,5 +231,6 @@ def _joined(parts: list[Any], message: Message, name: str, where: str) -> str:
     if not all(isinstance(text, str) for text in (*texts, *thoughts)):
         raise FormatError(f"{where}: a part of {name} must hold text.")
     if thoughts:
-        message.setdefault("reasoning_content", "".join(thoughts))
+        field = "thinking" if message.get("reasoning_content") else "reasoning_content"
+        message[field] = "".join(thoughts)
     return "".join(texts)

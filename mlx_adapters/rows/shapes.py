@@ -2,15 +2,17 @@
 
 First the columns that the user named; then, in this order:
 
-- preferences: `chosen` and `rejected`, perhaps with a question; the row then means its chosen answer;
+- preferences: `chosen` and `rejected`, perhaps with a question, or OpenAI's `input`, `preferred_output` and
+  `non_preferred_output`; the row then means its chosen answer;
 - a conversation: `messages` (OpenAI, TRL), or ShareGPT's `conversations`;
 - TRL's `prompt` and `completion`, each a text or a list of messages;
 - Alpaca: `instruction`, perhaps `input`, and `output`;
-- a question and an answer under other names, if just one column can be each;
+- a question, `tools` and, as JSON, the calls that they are asked with: `answers`;
+- a question, perhaps with a text `context`, and an answer under other names, if just one column can be each;
 - `text`.
 
-A `system` column goes before the conversation. Rows that two of the first shapes fit, with different answers, are
-refused: nobody can know which one is meant.
+A `system` column goes before the conversation, `history`, a list of questions with their answers, before a question.
+Rows that two of the first shapes fit, with different answers, are refused: nobody can know which one is meant.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,16 +20,19 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mlx_adapters.errors import FormatError
-from mlx_adapters.rows.messages import Message, conversation, tools_of, turn
-from mlx_adapters.rows.preferences import SIDES, two_answers
+from mlx_adapters.rows.messages import Message, conversation, earlier, spelled, tools_of, turn
+from mlx_adapters.rows.preferences import OPENAI, SIDES, from_openai, two_answers
 from mlx_adapters.rows.values import is_missing, kind, parsed, plain, text_of
+from mlx_adapters.templates.habits import THOUGHT
 
 CONVERSATIONS = ("messages", "conversations", "conversation")
 QUESTIONS = ("prompt", "instruction", "question", "query", "problem", "input")
 ANSWERS = ("completion", "response", "output", "answer", "solution", "target", "reply")
-SYSTEM = ("system", "system_prompt")
+BELOW = ("input", "context")  # what goes below a question
+SYSTEM = ("system", "system_prompt", "system_message")
+HISTORY = "history"  # LLaMA-Factory's and ms-swift's
 TEMPLATE_ARGUMENTS = "chat_template_kwargs"  # TRL's name
-EXTRAS = (*SYSTEM, "tools", "functions", TEMPLATE_ARGUMENTS)  # what goes with any conversation
+EXTRAS = (*SYSTEM, HISTORY, "tools", "functions", TEMPLATE_ARGUMENTS)  # what goes with any conversation
 ORDINARY = {"messages", "'prompt' and 'completion'", "text", "preferences"}  # need no word about how they are read
 Values = Mapping[str, Any]
 
@@ -86,6 +91,11 @@ def recognize(values: Values, columns: Mapping[str, str], where: str) -> Canonic
     if canonical is None:
         raise _unknown(values, where)
     return canonical
+
+
+def belongs(name: str) -> bool:
+    """Whether a column of this name holds, where it is used, a part of what the model reads or says."""
+    return name in (*SYSTEM, HISTORY, *BELOW) or bool(THOUGHT.fullmatch(name))
 
 
 def is_known(values: Values) -> bool:
@@ -147,6 +157,12 @@ def _preference(values: Values, where: str) -> Canonical | None:
     return replace(chosen, shape=shape, used=(*asking, *SIDES, *extras), rejected=sides[1])
 
 
+def _openai_preference(values: Values, where: str) -> Canonical | None:
+    pair = from_openai(values, where)
+    found = None if pair is None else _preference(pair, where)
+    return None if found is None else replace(found, used=OPENAI)
+
+
 def _asked(values: Values, where: str) -> tuple[tuple[str, ...], Any]:
     """The columns that ask, beside answers of other names, and what they ask: (), None if there are none."""
     asking = [name for name in QUESTIONS if name in values]
@@ -163,7 +179,7 @@ def _alpaca(values: Values, where: str) -> Canonical | None:
     answer = next((name for name in ("output", "response") if name in values), None)
     if "instruction" not in values or answer is None:
         return None
-    extra = next((name for name in ("input", "context") if name in values), None)
+    extra = next((name for name in BELOW if name in values), None)
     prompt = _instruction(values, extra, where)
     used = ("instruction", *([extra] if extra else []), answer)
     return _completion(values, prompt, text_of(values[answer], answer, where), used, "Alpaca", where)
@@ -172,13 +188,21 @@ def _alpaca(values: Values, where: str) -> Canonical | None:
 def _instruction(values: Values, extra: str | None, where: str) -> str:
     prompt = text_of(values["instruction"], "instruction", where)
     more = text_of(values[extra], extra, where) if extra else ""
+    return _below(prompt, more)
+
+
+def _below(prompt: str, more: str) -> str:
     return "\n\n".join(part for part in (prompt, more) if part.strip()) or prompt
 
 
 def _question_answer(values: Values, where: str) -> Canonical | None:
     questions, answers = ([name for name in known if name in values] for known in (QUESTIONS, ANSWERS))
     if len(questions) == 1 and len(answers) == 1:
-        return _pair(values, questions[0], answers[0], where)
+        asked, below = values[questions[0]], values.get("context")
+        if not isinstance(below, str) or not isinstance(asked, str):
+            return _pair(values, questions[0], answers[0], where)
+        pair = _pair({**values, questions[0]: _below(asked, below)}, questions[0], answers[0], where)
+        return replace(pair, used=(*pair.used, "context"))
     if questions and answers and "text" not in values:
         both = ", ".join(f"'{name}'" for name in (*questions, *answers))
         raise FormatError(
@@ -188,15 +212,29 @@ def _question_answer(values: Values, where: str) -> Canonical | None:
     return None
 
 
+def _calls(values: Values, where: str) -> Canonical | None:
+    """A question, tools, and the calls of them that are the answer (xLAM)."""
+    questions, calls = [name for name in QUESTIONS if name in values], parsed(values.get("answers"))
+    if len(questions) != 1 or "tools" not in values or not isinstance(calls, list | tuple) or not calls:
+        return None
+    asked = turn("user", text_of(values[questions[0]], questions[0], where))
+    answer = {"role": "assistant", "content": None, "tool_calls": calls}
+    messages, weights = conversation([asked, answer], where, "answers")
+    used = (questions[0], "answers")
+    return _with_extras(values, messages, weights, used, f"'{questions[0]}' and calls", where)
+
+
 def _whole_text(values: Values, where: str) -> Canonical | None:
     return _text(values, "text", where) if "text" in values else None
 
 
 SHAPES: tuple[Callable[[Values, str], Canonical | None], ...] = (
     _preference,
+    _openai_preference,
     _conversation,
     _prompt_completion,
     _alpaca,
+    _calls,
     _question_answer,
     _whole_text,
 )
@@ -218,7 +256,7 @@ def _chat(values: Values, name: str, where: str) -> Canonical:
 
 def _pair(values: Values, asked: str, answered: str, where: str) -> Canonical:
     """A prompt and a completion; as lists of messages they are one conversation, of which the completion is trained."""
-    prompt, completion = values[asked], values[answered]
+    prompt, completion = (spelled(values[name], name, where) for name in (asked, answered))
     used = (asked, answered)
     shape = f"'{asked}' and '{answered}'"
     if isinstance(prompt, str) and isinstance(completion, str):
@@ -240,7 +278,10 @@ def _turns(value: Any, role: str, name: str, where: str) -> tuple[list[Message],
 def _completion(
     values: Values, prompt: str, completion: str, used: tuple[str, ...], shape: str, where: str
 ) -> Canonical:
-    messages, weights = [turn("user", prompt), turn("assistant", completion)], (1, 1)
+    before = earlier(values.get(HISTORY))
+    used = (*used, HISTORY) if before else used
+    messages = [*before, turn("user", prompt), turn("assistant", completion)]
+    weights = (1,) * len(messages)
     whole = _with_extras(values, messages, weights, used, shape, where)
     if len(whole.messages) > 2 or whole.tools:  # a system prompt or tools: it takes a template to write them
         return whole
@@ -263,8 +304,10 @@ def _with_extras(
     """A conversation, with what its row says of system prompt, tools and template."""
     system = next((name for name in SYSTEM if name in values), None)
     if system and messages[0]["role"] not in ("system", "developer"):
-        if content := text_of(values[system], system, where):
-            messages, weights = [turn("system", content), *messages], (0, *weights)
+        told = values[system] if isinstance(values[system], list) else text_of(values[system], system, where)
+        if told:
+            first = conversation([{"role": "system", "content": told}], where, system)[0]
+            messages, weights = [*first, *messages], (0, *weights)
         used = (*used, system)
     name = "tools" if "tools" in values else "functions"
     tools = tools_of(values.get(name), where, name)
@@ -279,9 +322,10 @@ def _unknown(values: Values, where: str) -> FormatError:
     nulls = [name for name, value in values.items() if is_missing(value)]
     keys = ", ".join(repr(name) for name in values if name not in nulls) or "no key"
     empty = f", and null as {', '.join(map(repr, nulls))}" if nulls else ""
-    if not set(SIDES).isdisjoint(values):
+    if any(side in name for side in (*SIDES, "preferred") for name in values):
+        half = "" if set(SIDES).isdisjoint(values) else ", which is half a pair"
         hint = "a pair has 'chosen' and 'rejected', with a 'prompt' or a common beginning."
-        return FormatError(f"{where}: the row has {keys}{empty}, which is half a pair.", hint)
+        return FormatError(f"{where}: the row has {keys}{empty}{half}.", hint)
     return FormatError(
         f"{where}: the row has {keys}{empty}.",
         "a row has 'messages', or 'prompt' and 'completion', or 'text'; "

@@ -37,15 +37,15 @@ def left_out(family: str, raw: RawRow, template=None) -> list[tuple]:
     ("family", "raw", "missing"),
     [
         ("qwen3", chat("sum?", THOUGHT), []),
-        ("qwen3", chat({"role": "Assistant", "content": "a"}, "b", "c", "d"), [(1, "Assistant", "content", "a")]),
+        ("qwen3", chat({"role": "Narrator", "content": "a"}, "b", "c", "d"), [(1, "Narrator", "content", "a")]),
         ("qwen3", chat("sum?", THOUGHT, "and?", "It is 5."), [(2, "assistant", "content", THOUGHT[:23])]),
         ("r1", chat("sum?", THOUGHT), [(2, "assistant", "content", THOUGHT[:23])]),
         (
             "qwen2",
-            chat("a", {"role": "Assistant", "content": "b"}, {"role": "assistant", "content": "c"}),
-            [(2, "Assistant", "content", "b")],
+            chat("a", {"role": "Narrator", "content": "b"}, {"role": "assistant", "content": "c"}),
+            [(2, "Narrator", "content", "b")],
         ),
-        ("chatml", chat("a", {"role": "Assistant", "content": "b"}, {"role": "assistant", "content": "c"}), []),
+        ("chatml", chat("a", {"role": "Narrator", "content": "b"}, {"role": "assistant", "content": "c"}), []),
         (
             "qwen3",
             chat("a", {"role": "assistant", "content": "b", "reasoning_content": "why"}, "c", "d"),

@@ -211,6 +211,17 @@ def test_many_turns_take_few_renderings_and_are_found_alike(family, monkeypatch)
     assert few < 20 and len(rendered) - few > len(row.turns) == 24
 
 
+def test_a_template_that_writes_the_last_message_alone_trains_that():
+    last = (
+        "{% for m in messages %}{% if loop.last %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+        "{% endif %}{% endfor %}"
+    )
+    tokenizer = chat_tokenizer("chatml", last)
+    row = tokenized([user("a"), answer("b"), user("c"), answer("d")], tokenizer, "row")
+    assert drawn(tokenizer, row.tokens, row.trained) == "<|im_start|>assistant\n[[d<|im_end|>]]\n"
+    assert [turn.reached for turn in row.turns] == [False, True]
+
+
 def test_messages_that_no_loop_takes_up_are_found_by_their_characters():
     by_number = (
         "{% for i in range(messages | length) %}{{ '<|im_start|>' + messages[i].role + '\n' + messages[i].content "

@@ -22,6 +22,7 @@ def test_every_example_is_read():
         "'prompt' and 'completion' of messages",
         "Alpaca",
         "'question' and 'answer'",
+        "preferences",
         "text",
     ]
     assert shapes[0].messages[1]["tool_calls"][0]["function"]["arguments"] == {"city": "Oslo"}

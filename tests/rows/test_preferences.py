@@ -1,5 +1,7 @@
 """Preferences in every form that people have them, and what is said of those that are none."""
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -31,6 +33,12 @@ FORMS = {
         "chosen": {"from": "gpt", "value": "Blue."},
         "rejected": {"from": "gpt", "value": "Fish."},
     },
+    "OpenAI": {
+        "input": {"messages": [ASK], "tools": [], "parallel_tool_calls": True},
+        "preferred_output": [GOOD],
+        "non_preferred_output": [BAD],
+    },
+    "JSON texts": {"prompt": json.dumps([ASK]), "chosen": json.dumps([ASK, GOOD]), "rejected": json.dumps([ASK, BAD])},
     "with the whole chat beside": {
         "prompt": "Which color?",
         "messages": [ASK, GOOD],
@@ -47,6 +55,28 @@ def test_every_form_is_one_question_with_two_answers(form):
     assert raw.messages == [ASK, GOOD]
     assert raw.rejected.messages == [ASK, BAD]
     assert raw.says_nothing is None
+
+
+def test_answers_that_begin_with_another_question_are_refused():
+    with pytest.raises(
+        FormatError, match="line 7: the answers are whole conversations that do not begin with 'prompt'"
+    ):
+        _ = row(prompt="Which?", chosen=[ASK, GOOD], rejected=[ASK, BAD]).format
+    blanks = row(prompt=" Which color?\n", chosen=[ASK, GOOD], rejected=[ASK, BAD])
+    assert [m["content"] for m in blanks.rejected.messages] == [" Which color?\n", "Fish."]
+    going_on = row(prompt=[ASK, GOOD], chosen=[ASK, GOOD], rejected=[ASK, BAD])
+    assert len(going_on.messages) == 4  # the prompt ended in an answer
+
+
+def test_answers_that_are_lists_in_json_are_texts():
+    raw = row(prompt="Call.", chosen='[{"name": "look"}]', rejected="[1, 2]")
+    assert (raw.completion, raw.rejected.completion) == ('[{"name": "look"}]', "[1, 2]")
+
+
+def test_openais_tools_go_with_both_answers():
+    tools = [{"type": "function", "function": {"name": "look"}}]
+    raw = row(input={"messages": [ASK], "tools": tools}, preferred_output=[GOOD], non_preferred_output=[BAD])
+    assert raw.tools == raw.rejected.tools == tools
 
 
 def test_the_prompt_of_whole_conversations_is_what_both_begin_with():

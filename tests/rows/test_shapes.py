@@ -28,6 +28,11 @@ SAME = {
     "Alpaca": {"instruction": ASK, "input": "", "output": ANSWER},
     "Alpaca and its text": {"instruction": ASK, "input": "", "output": ANSWER, "text": "### Instruction: ..."},
     "question, answer": {"question": ASK, "answer": ANSWER, "id": 3},
+    "ShareGPT with contents": {"conversations": [{"from": "Human", "content": ASK}, {"from": "GPT", "text": ANSWER}]},
+    "other speakers": {"messages": [{"role": "human", "content": ASK}, {"role": "Model", "content": ANSWER}]},
+    "roles and values": {"messages": [{"role": "user", "value": ASK}, {"role": "ai", "text": ANSWER, "content": None}]},
+    "JSON text, JSON text": {"prompt": json.dumps(CHAT[:1]), "completion": json.dumps(CHAT[1:])},
+    "a refusal": {"messages": [CHAT[0], {"role": "assistant", "content": None, "refusal": ANSWER}]},
     "nulls around it": {"messages": CHAT, "prompt": None, "completion": None, "tools": None, "weight": None},
     "JSON text of a part": {"messages": [{"role": "user", "content": {"type": "text", "text": ASK}}, CHAT[1]]},
 }
@@ -51,6 +56,31 @@ def test_alpaca_takes_its_input_and_a_system_prompt():
     told = row({"system": "Be brief.", "instruction": "Add.", "input": "", "output": "5"})
     assert told.format == "chat" and told.messages[0] == {"role": "system", "content": "Be brief."}
     assert told.weights == (0, 1, 1)
+
+
+def test_what_belongs_to_a_question_goes_with_it():
+    raw = row({"question": "How many?", "context": "CREATE TABLE t", "answer": "SELECT"})
+    assert (raw.prompt, raw.completion) == ("How many?\n\nCREATE TABLE t", "SELECT")
+    assert raw.canonical.used == ("question", "answer", "context")
+    assert row({"question": ASK, "context": {"title": []}, "answer": ANSWER}).prompt == ASK
+    earlier = [["One?", "1"], ["Two?", "2"]]
+    for history in (earlier, json.dumps(earlier)):
+        raw = row({"instruction": "Three?", "input": "", "output": "3", "history": history, "system": "Count."})
+        assert [m["content"] for m in raw.messages] == ["Count.", "One?", "1", "Two?", "2", "Three?", "3"]
+        assert raw.format == "chat" and raw.weights == (0, 1, 1, 1, 1, 1, 1) and "history" in raw.canonical.used
+    for other in ([], "long", [["a"]], [{"role": "user", "content": "a"}]):
+        assert row({"prompt": ASK, "completion": ANSWER, "history": other}).messages == CHAT
+    parts = row({"messages": CHAT, "system": [{"text": "Be "}, {"type": "text", "text": "brief."}]})
+    assert parts.messages == [{"role": "system", "content": "Be brief."}, *CHAT]
+
+
+def test_a_question_tools_and_calls():
+    calls = [{"name": "look", "arguments": {"city": "Oslo"}}, {"name": "look", "arguments": {"city": "Rome"}}]
+    tools = [{"name": "look", "parameters": {"city": {"type": "str"}}}]
+    raw = row({"query": ASK, "answers": json.dumps(calls), "tools": json.dumps(tools)})
+    assert raw.messages[0] == CHAT[0] and raw.tools == [{"type": "function", "function": tools[0]}]
+    assert raw.messages[1]["content"] is None
+    assert [call["function"] for call in raw.messages[1]["tool_calls"]] == calls
 
 
 def test_named_columns_decide_alone():
@@ -162,7 +192,39 @@ def test_a_result_that_is_an_object_is_told_as_json():
         assert row({"messages": messages}).messages[-1] == {"role": "tool", "content": text}
 
 
+@pytest.mark.parametrize("name", ["arguments", "parameters", "args", "input"])
+def test_what_a_call_gives_its_function_has_several_names(name):
+    given = {"city": "Oslo"}
+    for call in ({"name": "look", name: given}, {"function": {"name": "look", name: json.dumps(given)}}):
+        (read,) = row({"messages": [CHAT[0], {"role": "assistant", "tool_calls": [call]}]}).messages[1]["tool_calls"]
+        assert read == {"type": "function", "function": {"name": "look", "arguments": given}}
+
+
+def test_calls_and_results_of_speakers():
+    look = json.dumps({"name": "look", "arguments": {}})
+    said = [CHAT[0], {"role": "tool_call", "content": look}, {"role": "tool_response", "content": "7"}, CHAT[1]]
+    messages = row({"messages": said}).messages
+    assert [m["role"] for m in messages] == ["user", "assistant", "tool", "assistant"]
+    assert messages[1]["content"] is None and messages[1]["tool_calls"][0]["function"]["name"] == "look"
+
+
+def test_no_thought_is_lost_beside_another():
+    parts = [{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}, {"type": "text", "text": "7"}]
+    for told, fields in (("", {"reasoning_content": "hm"}), ("so", {"reasoning_content": "so", "thinking": "hm"})):
+        message = row({"messages": [{"role": "assistant", "reasoning_content": told, "content": parts}]}).messages[0]
+        assert message == {"role": "assistant", "content": "7", **fields}
+
+
+PRINTED = str(CHAT)  # as Python prints it, and a frame's to_csv writes it
 BAD = {
+    "messages as Python prints them": ({"messages": PRINTED}, "'messages' holds messages as Python prints them"),
+    "a prompt as Python prints it": ({"prompt": PRINTED, "completion": "y"}, "'prompt' holds messages as Python"),
+    "no words at all": ({"conversations": [{"from": "human"}]}, "message 1 of 'conversations' has no 'content'"),
+    "a role that is a number": ({"messages": [{"role": 1, "content": "x"}]}, "message 1 has no 'role'"),
+    "a request without messages": (
+        {"input": {"tools": []}, "preferred_output": CHAT[1:], "non_preferred_output": CHAT[1:]},
+        "'input' must be an object with 'messages'",
+    ),
     "an image": (
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
         "message 1 holds a part of type 'image_url'",

@@ -203,3 +203,13 @@ def test_one_line_says_how_rows_of_no_ordinary_shape_are_read():
         "Rows of train are read as 2 as Alpaca, 1 as ShareGPT ('conversations'); not used: 'id'.",
     )
     assert read_data([{"text": "a", "id": 1}]).notes == ()
+
+
+def test_columns_that_belong_to_a_conversation_and_are_not_used_are_told():
+    pair = {"prompt": "a", "completion": "b", "id": 1, "label": True}
+    for name in ("reasoning", "thinking", "input", "context", "history"):
+        assert read_data([{**pair, name: "c"}]).notes == (
+            f"Rows of train are read as 'prompt' and 'completion'; not used: 'id', '{name}'.",
+        )
+    for empty in (None, "", [], float("nan")):
+        assert read_data([{**pair, "reasoning": empty}]).notes == ()
