@@ -9,6 +9,7 @@ import numpy as np
 
 from mlx_adapters.config.training import SFT, TrainConfig
 from mlx_adapters.data.conversation import left_out, special_words, tools_left_out
+from mlx_adapters.data.preferences import pair_of
 from mlx_adapters.data.tokenizing import (
     Row,
     RowConversation,
@@ -76,7 +77,8 @@ def inspect_row(raw: RawRow, tokenizer: Any, training: TrainConfig) -> tuple[Row
         plain = replace(training, mask_prompt=raw.format != "text", objective=SFT())
         row, report = inspect_row(raw, tokenizer, plain)
         if (other := raw.rejected) is not None:
-            report = replace(report, rejected=inspect_row(other, tokenizer, plain)[1].pieces)
+            row, rejected = pair_of(raw, other, tokenizer, training)
+            report = replace(report, pieces=pieces(row, tokenizer), rejected=pieces(rejected, tokenizer))
         return row, report
     settings = {"mask_prompt": training.mask_prompt, "last_turn_only": training.last_turn_only}
     if raw.format == "text" or not has_template(tokenizer):

@@ -22,20 +22,21 @@ def tokenize_preference(raw: RawRow, tokenizer: Any, config: TrainConfig) -> lis
     if objective.rows == "labeled":
         if rejected is None or "label" in raw.values:
             return [replace(_answer(raw, tokenizer, config), desirable=raw.label)]
-        chosen, other = _pair(raw, rejected, tokenizer, config)
+        chosen, other = pair_of(raw, rejected, tokenizer, config)
         return [chosen, replace(other, desirable=False)]
     if rejected is None:
         has = ", ".join(map(repr, raw.values)) or "no column"
         hint = "'chosen' and 'rejected', with a 'prompt' or a common beginning."
         hint = "answers with a 'label' are for --objective kto." if "label" in raw.values else f"a pair has {hint}"
         raise FormatError(f"{raw.where}: the row has {has}, and no two answers to compare.", hint)
-    chosen, other = _pair(raw, rejected, tokenizer, config)
+    chosen, other = pair_of(raw, rejected, tokenizer, config)
     if objective.likelihood and not config.mask_prompt:
         chosen = replace(chosen, trained=np.arange(len(chosen.tokens)) > 0)
     return [replace(chosen, rejected=other)]
 
 
-def _pair(chosen: RawRow, rejected: RawRow, tokenizer: Any, config: TrainConfig) -> Sequence[Row]:
+def pair_of(chosen: RawRow, rejected: RawRow, tokenizer: Any, config: TrainConfig) -> Sequence[Row]:
+    """Both answers of a row in tokens, with those marked that are judged."""
     if chosen.format != "text":
         return [_answer(raw, tokenizer, config) for raw in (chosen, rejected)]
     rows = [tokenize_row(raw, tokenizer, config.max_seq_length) for raw in (chosen, rejected)]

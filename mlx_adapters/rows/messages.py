@@ -137,18 +137,18 @@ def _message(value: Any, name: str, where: str) -> tuple[Message, int]:
 
 def _in_usual_names(value: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
     """The message with `role` and `content`, such as ShareGPT's {"from": "human", "value": "..."}."""
-    called = next((field for field in ("role", "from") if not is_missing(value.get(field))), None)
-    speaker = value[called] if called else None
-    known = SPEAKERS.get(speaker.lower()) if isinstance(speaker, str) else None
-    if called is None or (called == "role" and not isinstance(speaker, str)):
+    called = "role" if not is_missing(value.get("role")) else "from"
+    speaker = value.get(called)
+    if is_missing(speaker) or (called == "role" and not isinstance(speaker, str)):
         raise FormatError(f"{where}: {name} has no 'role'.", 'a message is {"role": "user", "content": "..."}.')
+    known = SPEAKERS.get(str(speaker).lower())
     if called == "from" and known is None:
         raise FormatError(f"{where}: {name} is 'from' {speaker!r}, who is unknown.", f"known: {', '.join(SPEAKERS)}.")
     there = [field for field in CONTENTS if field in value]
     field = next((field for field in there if not is_missing(value[field])), next(iter(there), None))
     rest = {key: item for key, item in value.items() if key not in ("role", "from", field)}
     said = {} if field is None else {"content": value[field]}
-    if speaker.lower() in CALLING:
+    if str(speaker).lower() in CALLING:
         said = {"content": None, "tool_calls": said.get("content")}
     return rest | {"role": known or speaker} | said
 

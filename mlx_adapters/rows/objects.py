@@ -49,6 +49,8 @@ def rows(data: Any, what: str) -> list[Located]:
 def _mappings(data: Any) -> Iterable[Any]:
     for name, options in (("iterrows", ("records",)), ("to_dicts", ()), ("to_pylist", ())):  # pandas, polars, Arrow
         if hasattr(data, name):
+            if not getattr(getattr(data, "columns", None), "is_unique", True):
+                raise FormatError("The frame has two columns of one name.", "rename one, or leave it out.")
             records = getattr(data, name.replace("iterrows", "to_dict"))(*options)
             return _renamed(records)
     if isinstance(data, Mapping):
@@ -63,10 +65,12 @@ def _mappings(data: Any) -> Iterable[Any]:
 
 
 def _renamed(rows: list[dict[Any, Any]]) -> list[dict[Any, Any]]:
-    """Rows of a frame. Of one that has two columns of unknown names the first is the prompt."""
+    """Rows of a frame. Two columns of known names may have capitals; of two unknown ones the first is the prompt."""
     if not rows or len(rows[0]) != 2 or shapes.is_known({str(name): value for name, value in rows[0].items()}):
         return rows
-    return [dict(zip(("prompt", "completion"), row.values(), strict=True)) for row in rows]
+    small = {str(name).strip().lower(): value for name, value in rows[0].items()}
+    names = tuple(small) if len(small) == 2 and shapes.is_known(small) else ("prompt", "completion")
+    return [dict(zip(names, row.values(), strict=True)) for row in rows]
 
 
 def _from_columns(data: Mapping[str, Any]) -> list[dict[str, Any]]:

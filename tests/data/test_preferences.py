@@ -9,6 +9,7 @@ import pytest
 from mlx_adapters import check_data
 from mlx_adapters.config.data import DataConfig
 from mlx_adapters.config.training import DPO, KTO, ORPO, TrainConfig
+from mlx_adapters.data.inspecting import inspect_row
 from mlx_adapters.data.preferences import require_texts, tokenize_for
 from mlx_adapters.errors import FormatError
 from mlx_adapters.models.loading import load_tokenizer_of
@@ -54,6 +55,11 @@ def test_whole_texts_are_judged_from_where_their_tokens_part(tokenizer):
     (row,) = examples(tokenizer, DPO(), {"chosen": f"{ASK} {GOOD}", "rejected": f"{ASK} {BAD}"}).rows
     assert f"{ASK} {GOOD}".endswith(judged(row, tokenizer).removesuffix("<|im_end|>"))
     assert "students?" not in judged(row, tokenizer)
+    raw = RawRow({"chosen": f"{ASK} {GOOD}", "rejected": f"{ASK} {BAD}"}, "line 1")
+    looked, report = inspect_row(raw, tokenizer, TrainConfig(objective=DPO()))  # data check shows the same
+    assert np.array_equal(looked.trained, row.answer)
+    shown = [[text for text, trained in side if trained] for side in (report.pieces, report.rejected)]
+    assert shown == [[judged(row, tokenizer)], [judged(row.rejected, tokenizer)]]
     (row,) = examples(tokenizer, DPO(), {"chosen": GOOD, "rejected": f"{GOOD} {BAD}"}).rows  # one begins the other
     assert judged(row, tokenizer) == "<|im_end|>" and row.rejected.answer.sum() > 3
 

@@ -4,6 +4,7 @@ import datetime
 from types import SimpleNamespace
 
 import numpy as np
+import pandas
 import pyarrow
 import pytest
 
@@ -41,6 +42,7 @@ SAME = {
     "known names in another order": Frame(
         records=[{"completion": r["completion"], "prompt": r["prompt"]} for r in ROWS]
     ),
+    "known names with capitals": Frame(records=[{"Answer ": r["completion"], "QUESTION": r["prompt"]} for r in ROWS]),
     "polars": SimpleNamespace(to_dicts=lambda: ROWS),
     "Arrow": pyarrow.Table.from_pylist(ROWS),
     "columns": {"prompt": ["a", "c"], "completion": np.array(["b", "d"])},
@@ -95,3 +97,9 @@ def test_a_row_that_holds_itself_is_refused():
     row["self"] = row
     with pytest.raises(FormatError, match="row 1 is nested too deeply, or holds itself"):
         read_data([row])
+
+
+def test_a_frame_with_two_columns_of_one_name_is_refused():
+    frame = pandas.DataFrame([["a", "b", "c"]], columns=["prompt", "completion", "completion"])
+    with pytest.raises(FormatError, match="The frame has two columns of one name"):
+        read_data(frame)
