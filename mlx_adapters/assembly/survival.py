@@ -28,7 +28,7 @@ def not_finite(path: str, dtype: mx.Dtype = mx.float32) -> FormatError:
     wider = " What is too large for float16 (65504), --dtype bfloat16 holds." if dtype == mx.float16 else ""
     return FormatError(
         f"The weight of '{path}' holds NaN, Inf or numbers that are too large, with the update in it.",
-        f"is the base whole?{wider}",
+        f"is the base whole, and the adapter's update not far too large?{wider}",
     )
 
 

@@ -32,6 +32,8 @@ from mlx_adapters.storage.tensor_names import ADAPTER_FILE, LORA_A, LORA_B, join
 from mlx_adapters.system import machine
 from mlx_adapters.units import count
 
+MOST_TO_FIRST = 2.0**60  # how much stronger than the first a share may be for that scale to be the result's
+
 
 def merge(
     sources: AdapterLike | Iterable[AdapterLike],
@@ -92,7 +94,7 @@ def merge(
     options = Options(
         density=1.0 if asked.density is None else asked.density,
         sign_method=asked.sign_method or "total",
-        scale=abs(weights[0] * adapters[0].config.scale) if method == "cat" else 1.0,
+        scale=_common_scale(adapters, weights) if method == "cat" else 1.0,
         rank=None if asked.rank == "auto" else asked.rank or max(adapter.config.rank for adapter in adapters),
         energy=0.99 if asked.energy is None else asked.energy,
     )
@@ -255,6 +257,13 @@ def _checked_method(asked: MergeSettings) -> Method:
 def _without_zeros(adapters: list[Adapter], weights: list[float]) -> tuple[list[Adapter], list[float]]:
     kept = [(a, w) for a, w in zip(adapters, weights, strict=True) if w != 0]
     return [a for a, _ in kept], [w for _, w in kept]
+
+
+def _common_scale(adapters: Sequence[Adapter], weights: Sequence[float]) -> float:
+    """The first share's strength, which its factors then keep; the largest one's where others are beyond all proportion
+    to it, so that no factor leaves float32."""
+    strengths = [abs(weight * adapter.config.scale) for weight, adapter in zip(weights, adapters, strict=True)]
+    return strengths[0] if max(strengths) < MOST_TO_FIRST * strengths[0] else max(strengths) or 1.0
 
 
 def _stack_layers(adapters: Sequence[Adapter], weights: Sequence[float], options: Options, dtype: mx.Dtype) -> Adapter:

@@ -29,7 +29,6 @@ RENAMED_SETTINGS = (("num_experts", "qwen3_moe", "num_local_experts"), ("n_ctx",
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "model_max_length")
 MOST_LAYERS = 10_000
 TIED = "tie_word_embeddings"
-MEND_CONFIG = "mend its config.json, or name another model."
 NOT_PACKED = "name the model that it was made from, unpacked, or one that mlx-lm quantized."
 SAMPLES, SAMPLE_BYTES = 64, 1 << 16
 
@@ -147,7 +146,9 @@ class Base:
             (path for path in self.folder.iterdir() if path.exists() and not (path.is_file() or path.is_dir())), None
         ):
             raise FormatError(f"'{odd}' is neither a file nor a folder.", "a pipe or a broken link? Take it away.")
-        with refusals(lambda why: FormatError(f"The config of '{self.name}' cannot be used: {why}.", MEND_CONFIG)):
+        wrong = files.no_object(self.folder, "generation_config.json") or "config.json"  # mlx-lm reads both
+        mend = f"mend its {wrong}, or name another model."
+        with refusals(lambda why: FormatError(f"The {wrong} of '{self.name}' cannot be used: {why}.", mend)):
             config = normalized_config(load_config(self.folder))
             _check(config, self.name)
         if config.get("model_file") is not None and not trusts_remote_code():

@@ -200,6 +200,16 @@ def read_json(path: str | Path) -> dict[str, Any]:
     return value
 
 
+def no_object(folder: Path, name: str) -> str | None:
+    """The name of a file of the folder if it is there and holds no JSON object, else None."""
+    with contextlib.suppress(NotFoundError):
+        try:
+            read_json(folder / name)
+        except FormatError:
+            return name
+    return None
+
+
 def copy_file(source: Path, target: Path) -> None:
     """Copy one file with its time, by which a copy is known, whole or not at all.
 

@@ -240,6 +240,9 @@ def fetched_by_mlx_lm(name: str) -> bool:
     return any(fnmatch(name, pattern) for pattern in DEFAULT_ALLOW_PATTERNS)
 
 
+UNNAMED = "what its config does not name (mlx-lm's own settings stand under 'quantization')"
+
+
 def packed_by(config: Mapping[str, Any]) -> str | None:
     """The program that packed a checkpoint's weights by the word of its config, if mlx-lm does not unpack them.
 
@@ -265,7 +268,7 @@ def packed_by(config: Mapping[str, Any]) -> str | None:
             mlx_lm_utils._transform_awq_weights(one, {**settings, "group_size": 8})
     except Exception:
         return f"{method} ({settings.get('format', settings.get('bits'))})"
-    return None if known else str(method)
+    return None if known else str(method or UNNAMED)
 
 
 def logits_shape(config: dict[str, Any], folder: Path) -> tuple[int, ...]:

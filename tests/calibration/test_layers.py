@@ -203,7 +203,7 @@ def test_a_number_too_large_for_the_file_is_refused_in_every_row(row, asked, tin
 def test_a_type_that_holds_more_is_offered_where_there_is_one():
     with pytest.raises(FormatError, match=r"'x' holds NaN, Inf or") as caught:
         require_representable("x", 0.0, math.inf, mx.bfloat16)
-    assert caught.value.hint == "is the base whole?"
+    assert caught.value.hint == "is the base whole, and the adapter's update not far too large?"
 
 
 def test_what_a_cast_makes_infinite_is_refused(tmp_path):

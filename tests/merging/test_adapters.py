@@ -1,5 +1,6 @@
 """Whole adapters in, one out: against full matrices and against models that compute with them."""
 
+import dataclasses
 import math
 from typing import get_args
 
@@ -66,6 +67,18 @@ def test_cat_is_the_default_and_exact_over_ranks_layers_and_scales(pair):
     assert_sum(merged, [(pair[0], 0.7), (pair[1], -1.3)])
     assert merged.metadata["merge"]["method"] == "cat"
     assert [s["weight"] for s in merged.metadata["merge"]["sources"]] == [0.7, -1.3]
+
+
+@pytest.mark.parametrize("weights", [(1e-45, 1.0), (1e-300, -2.0), (1.0, 1e-45)])
+def test_a_share_that_is_next_to_nothing_is_added_as_such(pair, weights):
+    """Whichever comes first: the others are held against it."""
+    assert_sum(merge(pair, list(weights)), list(zip(pair, weights, strict=True)))
+
+
+def test_adapters_of_strength_0_add_nothing(pair):
+    nothing = dataclasses.replace(pair[0], config=dataclasses.replace(pair[0].config, scale=0.0))
+    assert_sum(merge([nothing, pair[1]], [1.0, 1.0]), [(nothing, 1.0), (pair[1], 1.0)])
+    assert_sum(merge([nothing, nothing], [1.0, 1.0]), [(nothing, 2.0)])
 
 
 def test_subtract_scale_and_interpolate_are_exact(pair):

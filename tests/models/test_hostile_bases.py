@@ -166,7 +166,14 @@ def test_a_broken_generation_config_is_no_traceback(broken, content):
         load_model(resolve_base(folder))
         assert content not in NO_TOKENS
     except FormatError as error:
-        assert ("is no token id" if content in NO_TOKENS else "cannot be") in error.message
+        named = "is no token id" if content in NO_TOKENS else "The generation_config.json of"
+        assert named in error.message and "config.json" in error.hint
+
+
+def test_settings_of_mlx_lms_under_the_other_name_are_told_so(broken):
+    packed = broken("config.json", quantization_config={"group_size": 64, "bits": 4})
+    with pytest.raises(FormatError, match="packed by what its config does not name"):
+        load_model(resolve_base(packed))
 
 
 @pytest.mark.parametrize(
