@@ -11,8 +11,8 @@ from typing import Any, Literal
 from mlx_adapters.answers.schemas import check_arguments
 from mlx_adapters.errors import FormatError
 from mlx_adapters.protocols.errors import ApiError, told_as
-from mlx_adapters.protocols.fields import Fields
-from mlx_adapters.rows.messages import conversation, tools_of
+from mlx_adapters.protocols.fields import EMPTY, Fields
+from mlx_adapters.rows.messages import as_called, conversation, tools_of
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 NAME = re.compile(r"[^\s\"'{}\[\]\\<>|]{1,128}")
@@ -54,7 +54,8 @@ def read_messages(value: Any, where: str = "messages") -> list[dict[str, Any]]:
     """The checked messages of a chat, contents as plain text. Raises ApiError 400."""
     if not isinstance(value, list) or not value:
         raise ApiError(400, f"'{where}' must be a list with at least one message.", param=where)
-    return [_message(message, f"{where}[{i}]") for i, message in enumerate(value)]
+    messages = [_message(message, f"{where}[{i}]") for i, message in enumerate(value)]
+    return [messages[i] for i in as_called(messages)]
 
 
 def _message(message: Any, where: str) -> dict[str, Any]:
@@ -71,7 +72,9 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     for part in message["content"] if isinstance(message.get("content"), list) else []:
         if not _is_text(part):
             raise ApiError(400, f"'{where}.content' may hold parts of type 'text' only.", param=f"{where}.content")
-    if message.get("content") in (None, []) and not (message.get("tool_calls") or message.get("function_call")):
+    content, calls = message.get("content"), message.get("tool_calls") or message.get("function_call")
+    kinds = str | list | dict if role == "tool" else str | list  # a result that is an object is told as JSON
+    if not (isinstance(content, kinds) and content != []) and not (content in (None, []) and calls):
         raise ApiError(400, f"'{where}.content' must be a string.", param=f"{where}.content")
     kept = {key: value for key, value in message.items() if key in known - {"refusal", "annotations", "status", "type"}}
     try:
@@ -100,7 +103,7 @@ def _as_tools(value: Any) -> Any:
 
 def read_tools(value: Any) -> list[dict[str, Any]]:
     """The checked tools. Raises ApiError 400."""
-    if value in (None, []):
+    if value in EMPTY:
         return []
     if not isinstance(value, list):
         raise ApiError(400, "'tools' must be a list.", param="tools")
@@ -145,7 +148,7 @@ def read_choice(fields: Fields, tools: list[dict[str, Any]]) -> tuple[list[dict[
 
 
 def _by_word(tools: list[dict[str, Any]], choice: Any) -> tuple[list[dict[str, Any]], Choice]:
-    if choice in (None, "auto") or (choice == "none" and not tools):
+    if choice in (*EMPTY, "auto") or (choice == "none" and not tools):
         return tools, "auto"
     if choice == "none":
         return [], "none"

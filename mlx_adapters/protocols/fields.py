@@ -128,9 +128,9 @@ class Fields:
     def take(
         self, name: str, kind: type, default: Any = None, low: float | None = None, high: float | None = None
     ) -> Any:
-        """A field of this kind within these bounds; `default` if it is null or not given. Raises ApiError 400."""
+        """A field of this kind within these bounds; `default` if it is empty or not given. Raises ApiError 400."""
         value, called = self.value(name), self.name(name)
-        if value is None:
+        if value is None or (value in EMPTY and not isinstance(value, kind)):
             return default
         wrong = not isinstance(value, (int, float) if kind is float else kind)
         if wrong or (isinstance(value, bool) and kind is not bool):

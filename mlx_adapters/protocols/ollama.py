@@ -114,12 +114,14 @@ def of_length_one(vector: Sequence[float]) -> list[float]:
 
 
 def _named(messages: Any) -> Any:
-    """Messages whose tools are told by `tool_name`, and thoughts by `thinking`."""
+    """Messages whose tools are told by `tool_name`, and thoughts by `thinking`; clients leave empty contents out."""
     if not isinstance(messages, list):
         return messages
     spelled = {"tool_name": "name", "thinking": "reasoning_content"}
     return [
-        {spelled.get(key, key): value for key, value in one.items()} if isinstance(one, dict) else one
+        {"content": ""} | {spelled.get(key, key): value for key, value in one.items() if value is not None}
+        if isinstance(one, dict)
+        else one
         for one in messages
     ]
 

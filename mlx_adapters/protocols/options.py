@@ -11,7 +11,7 @@ from typing import Any
 from mlx_adapters.answers.schemas import check_schema
 from mlx_adapters.config.sampling import Sampling
 from mlx_adapters.protocols.errors import ApiError, told_as
-from mlx_adapters.protocols.fields import Fields
+from mlx_adapters.protocols.fields import EMPTY, Fields
 
 MAX_STOPS, MAX_STOP_LENGTH, MAX_TOP_LOGPROBS, MAX_CHOICES, MAX_PROMPTS = 1024, 1024, 20, 128, 1024
 WINDOWS = ("repetition_context_size", "presence_context_size", "frequency_context_size")
@@ -58,6 +58,9 @@ def read_options(fields: Fields, chat: bool, vocabulary: int) -> Asked:
     sampling = read_sampling(fields, vocabulary)
     if limit is None and most == 0 and sampling.min_tokens:
         raise ApiError(400, f"'min_tokens' is {sampling.min_tokens}, and 0 may be written.", param="min_tokens")
+    choices = fields.take("n", int, 1, 1, MAX_CHOICES)
+    if fields.raw.get("best_of") == choices:  # of which all are given
+        fields.value("best_of")
     logprobs = read_logprobs(fields) if chat else fields.take("logprobs", int, None, 0, MAX_TOP_LOGPROBS)
     return Asked(
         model=model,
@@ -67,7 +70,7 @@ def read_options(fields: Fields, chat: bool, vocabulary: int) -> Asked:
         max_tokens=limit if limit is not None else most,
         sampling=sampling,
         logprobs=logprobs,
-        choices=fields.take("n", int, 1, 1, MAX_CHOICES),
+        choices=choices,
         echo=echo,
         format=read_format(fields.value("response_format")),
     )
@@ -104,7 +107,7 @@ def read_sampling(fields: Fields, vocabulary: int, temperature: float = 1.0) -> 
 
 def _stop(fields: Fields) -> tuple[str, ...]:
     value, called = fields.value("stop"), fields.name("stop")
-    words = [value] if isinstance(value, str) else value if value is not None else []
+    words = [] if value in EMPTY else [value] if isinstance(value, str) else value
     good = isinstance(words, list) and all(isinstance(w, str) and 0 < len(w) <= MAX_STOP_LENGTH for w in words)
     if not good or len(words) > MAX_STOPS:
         raise ApiError(
@@ -146,7 +149,7 @@ def read_logprobs(fields: Fields) -> int | None:
 
 def read_format(value: Any, where: str = "response_format") -> ResponseFormat | None:
     """The schema that the answer must satisfy; None: any text. Raises ApiError 400 with the place."""
-    if value is None:
+    if value in EMPTY:
         return None
     kind = value.get("type") if isinstance(value, Mapping) else None
     if kind == "text":

@@ -8,7 +8,7 @@ OpenAI's older `function_call`, its `refusal` in place of an answer, and a whole
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mlx_adapters.errors import FormatError
@@ -61,7 +61,23 @@ def conversation(value: Any, where: str, name: str = "messages") -> tuple[list[M
         raise FormatError(f"{where}: '{name}' must be a list with at least one message.")
     of = "" if name == "messages" else f" of '{name}'"
     weighted = [_message(message, f"message {i}{of}", where) for i, message in enumerate(value, 1)]
-    return [message for message, _ in weighted], tuple(weight for _, weight in weighted)
+    order = as_called([message for message, _ in weighted])
+    return [weighted[i][0] for i in order], tuple(weighted[i][1] for i in order)
+
+
+def as_called(messages: Sequence[Message]) -> list[int]:
+    """The order of messages in which the results of several calls stand as the calls do, where all name theirs.
+
+    Most templates write no ids: to the model the first result is the first call's.
+    """
+    order = list(range(len(messages)))
+    for at, message in enumerate(messages):
+        ids = dict.fromkeys(call.get("id") for call in message.get("tool_calls", []))
+        until = next((i for i in order[at + 1 :] if messages[i]["role"] != "tool"), len(order))
+        named = [message.get("tool_call_id") for message in messages[at + 1 : until]]
+        if None not in named and set(named) <= ids.keys() and len(set(named)) == len(named):
+            order[at + 1 : until] = [at + 1 + named.index(id) for id in ids if id in named]
+    return order
 
 
 def spelled(value: Any, name: str, where: str) -> Any:
@@ -131,6 +147,9 @@ def _message(value: Any, name: str, where: str) -> tuple[Message, int]:
         message.pop("tool_calls", None)
     else:
         message["tool_calls"] = _calls(message["tool_calls"], name, where)
+    ids = [message.get("tool_call_id"), *(call.get("id") for call in message.get("tool_calls", []))]
+    if not all(isinstance(id, str | int | None) for id in ids):
+        raise FormatError(f"{where}: the id of a tool call of {name} must be text.")
     _set_content(message, given, name, where)
     return message, weight
 

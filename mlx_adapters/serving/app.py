@@ -99,7 +99,9 @@ class Server:
                 (500, ApiError(500, "Internal error.", kind="server_error")),
             )
         }
-        return Guard(Starlette(routes=routes, exception_handlers=handlers, lifespan=self.lifespan), self.settings)
+        app = Starlette(routes=routes, exception_handlers=handlers, lifespan=self.lifespan)
+        app.router.redirect_slashes = False  # to an address as this server sees it, which behind a proxy is another
+        return Guard(app, self.settings)
 
     @contextlib.asynccontextmanager
     async def lifespan(self, _: Starlette) -> AsyncIterator[None]:

@@ -32,6 +32,7 @@ BODY_SECONDS = 30
 ALIVE_SECONDS = 10.0  # of silence, before a reader is told that the answer is still coming
 CLOSING_SECONDS = 5.0  # for the access log's last lines
 METHODS = "GET, POST, DELETE, OPTIONS"
+READABLE = "X-Adapter, X-Ignored-Fields, Retry-After"  # by pages of other origins, to which headers are hidden else
 
 
 class Keys:
@@ -142,7 +143,8 @@ class Guard:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 if origin is not None and self._may_read(origin, headers):
-                    MutableHeaders(scope=message).update({"Access-Control-Allow-Origin": origin, "Vary": "Origin"})
+                    told = {"Access-Control-Allow-Origin": origin, "Access-Control-Expose-Headers": READABLE}
+                    MutableHeaders(scope=message).update({**told, "Vary": "Origin"})
             await send(message)
 
         try:
@@ -186,6 +188,8 @@ class Guard:
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
         if scope["method"] == "POST" and kind != "application/json":
             return ApiError(415, "Send JSON, with the header 'Content-Type: application/json'.")
+        if (coding := headers.get("content-encoding", "").strip().lower()) not in ("", "identity"):
+            return ApiError(415, f"Send the body as it is, without 'Content-Encoding: {coding[:40]}'.")
         return None
 
     def _is_ours(self, host: str) -> bool:

@@ -272,3 +272,36 @@ def test_what_a_row_gives_its_template_wins_over_the_default():
     values = {"messages": CHAT, "chat_template_kwargs": {"enable_thinking": False}}
     raw = RawRow(values, "here", DataConfig(chat_template_args={"enable_thinking": True, "style": "brief"}))
     assert raw.template_arguments == {"enable_thinking": False, "style": "brief"}
+
+
+def called(*ids):
+    calls = [{"type": "function", "id": id, "function": {"name": f"f{id}", "arguments": {}}} for id in ids]
+    return {"role": "assistant", "content": None, "tool_calls": calls}
+
+
+def result(id):
+    return {"role": "tool", "content": f"of {id}", "tool_call_id": id}
+
+
+def test_results_stand_in_the_order_of_their_calls():
+    """Most templates write no ids: to the model the first result is the first call's."""
+    talk = [CHAT[0], called("a", "b", "c"), result("c"), result("a"), result("b"), CHAT[1], called("d"), result("d")]
+    wanted = [*talk[:2], result("a"), result("b"), result("c"), *talk[5:]]
+    talk[3], wanted[2] = talk[3] | {"weight": 0}, result("a")
+    raw = row({"messages": talk})
+    assert raw.messages == wanted and raw.weights == (1, 1, 0, 1, 1, 1, 1, 1)
+    some = [CHAT[0], called("a", "b", "c"), result("c"), result("b"), CHAT[1]]
+    assert row({"messages": some}).messages == [*some[:2], result("b"), result("c"), CHAT[1]]
+    twice = [CHAT[0], called("a", "a", "b"), result("b"), result("a"), CHAT[1]]
+    assert [message["content"] for message in row({"messages": twice}).messages[2:4]] == ["of a", "of b"]
+    for strange in (["b", "x"], ["b", "b"], ["b", None]):  # nobody knows whose these are
+        asked = [CHAT[0], called("a", "b"), *map(result, strange), CHAT[1]]
+        assert [message["content"] for message in row({"messages": asked}).messages[2:4]] == [
+            f"of {id}" for id in strange
+        ]
+
+
+@pytest.mark.parametrize("message", [called({"n": 1}), result(["a"])])
+def test_an_id_is_text(message):
+    with pytest.raises(FormatError, match=r"a\.jsonl, line 3: the id of a tool call of message 2 must be text\."):
+        _ = row({"messages": [CHAT[0], message, CHAT[1]]}).messages

@@ -364,6 +364,12 @@ def test_what_ollamas_clients_send_is_told_of_in_their_names(server):
     strong = {"repeat_penalty": 50.0}
     everywhere = said(options=strong)["message"]["content"]
     assert everywhere != plain and said(options=strong | {"repeat_last_n": -1})["message"]["content"] == everywhere
+    silent = [{"role": role, "content": "", "tool_name": "look"} for role in ("user", "assistant", "tool")]
+    left_out = [{key: text for key, text in one.items() if text} for one in silent]  # as ollama's own client does
+    whole, short = (
+        said(messages=[*body["messages"], *said_nothing, body["messages"][0]]) for said_nothing in (silent, left_out)
+    )
+    assert short["message"] == whole["message"] and short["prompt_eval_count"] == whole["prompt_eval_count"]
     machine = {"use_mlock": True, "f16_kv": True, "num_gqa": 1, "penalize_newline": True, "mirostat_tau": 5.0}
     assert said(options=machine)["message"]["content"] == plain
     for name, value in (("repeat_last_n", -2), ("repeat_last_n", "x"), ("repeat_penalty", -1)):

@@ -159,6 +159,11 @@ def test_what_means_nothing_passes_and_what_would_change_the_answer_is_refused(s
     for name, value in (("top_q", 3), ("guided_regex", "a+"), ("typical_p", 0.5), ("web_search_options", {"a": 1})):
         error = httpx.post(url, json=body | {name: value})
         assert error.status_code == 400 and error.json()["error"]["param"] == name and name in error.text
+    empty = {"stop": "", "logit_bias": [], "tools": {}, "stream_options": "", "response_format": {}, "tool_choice": ""}
+    assert httpx.post(url, json=body | empty).status_code == 200
+    completion, plain = server[0] + "/v1/completions", {"model": "base", "prompt": PROMPT, "max_tokens": 2}
+    for n, best, status in ((2, 2, 200), (1, 1, 200), (1, 2, 400), (2, 3, 400)):  # of as many as are given: all
+        assert httpx.post(completion, json=plain | {"n": n, "best_of": best}).status_code == status
     with running(tiny_model("llama"), [], lenient=True) as (address, _):
         answer = httpx.post(address + "/v1/chat/completions", json=body | {"top_q": 3, "typical_p": 0.5})
         assert answer.status_code == 200 and answer.headers["x-ignored-fields"] == "top_q, typical_p"

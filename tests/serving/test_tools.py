@@ -140,6 +140,31 @@ def test_a_conversation_with_calls_and_results(ask):
         ask(talk, tools=[LOOK])
 
 
+def test_results_reach_the_model_in_the_order_of_their_calls(ask):
+    """Clients that call tools at once send the results as they come; the template writes no ids."""
+    calls = [{"id": id, "type": "function", "function": {"name": "look", "arguments": "{}"}} for id in "ab"]
+    results = [{"role": "tool", "tool_call_id": id, "content": text} for id, text in (("a", "one"), ("b", "two 2 2"))]
+    talk = [*CHAT, {"role": "assistant", "content": None, "tool_calls": calls}]
+    answers = [ask([*talk, *told], tools=[LOOK], max_tokens=8, logprobs=True) for told in (results, results[::-1])]
+    usage = [answer.usage.prompt_tokens_details.cached_tokens - answer.usage.prompt_tokens for answer in answers]
+    assert usage[1] == -1 and answers[0].choices[0].message == answers[1].choices[0].message  # all of it was known
+
+
+@pytest.mark.parametrize(
+    ("message", "why"),
+    [
+        ({"role": "tool", "tool_call_id": {"a": 1}, "content": "x"}, r"messages\[1\].* must be text"),
+        ({"role": "user", "content": {"a": 1}}, r"'messages\[1\]\.content' must be a string"),
+        ({"role": "user", "content": 5}, r"'messages\[1\]\.content' must be a string"),
+        ({"role": "assistant", "content": None, "tool_calls": []}, r"'messages\[1\]\.content' must be a string"),
+    ],
+)
+def test_a_message_that_is_none_is_refused_in_the_words_of_the_api(ask, message, why):
+    with pytest.raises(openai.BadRequestError, match=why) as refused:
+        ask([*CHAT, message])
+    assert "trained" not in str(refused.value)
+
+
 @pytest.mark.parametrize(
     ("options", "place"),
     [
