@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
+from mlx_adapters.cli._habits import HABITS
 from mlx_adapters.cli._options import UserPath
 from mlx_adapters.cli._settings import TextFile, option, options
 from mlx_adapters.config.mapping import from_mapping, read_yaml, to_mapping
@@ -95,8 +96,7 @@ def read_settings(options: dict[str, Any]) -> Settings:
     known = {field.name for field in dataclasses.fields(Settings)}
     for key in file:
         if key not in known:
-            hint = did_you_mean(key, known, f"it may hold: {', '.join(sorted(known))}.")
-            raise ConfigError(f"Unknown setting '{key}' in '{given['config']}'.", hint)
+            raise ConfigError(f"Unknown setting '{key}' in '{given['config']}'.", _where_it_goes(str(key), known))
     lora = (
         _mapping(file, "lora") | {name: given[name] for name in LORA if name in given} | _ranks(given.get("rank", ()))
     )
@@ -111,6 +111,17 @@ def read_settings(options: dict[str, Any]) -> Settings:
         training["fuse_aware"] = _as_fused(training["fuse_aware"], places["base"], not given.get("print_config"))
     settings = Settings(**places, lora=lora, training=training)
     return dataclasses.replace(settings, lora=lora | _scale_of_alpha(given, settings))
+
+
+def _where_it_goes(key: str, known: set[str]) -> str | None:
+    """What to do with a line that a config file does not have at its top."""
+    for group, kind in (("lora", LoraConfig), ("training", TrainConfig)):
+        if key in settings_of(kind):
+            return f"it goes below '{group}:', indented."
+    hint = f"it may hold: {', '.join(sorted(known))}; --print-config prints such a file."
+    if f"--{key.replace('_', '-')}" in HABITS["train"]:
+        return f"mlx-lm's configs name it so; {hint}"
+    return did_you_mean(key, known, hint)
 
 
 def _lasting(settings: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

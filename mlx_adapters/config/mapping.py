@@ -11,6 +11,7 @@ import numbers
 import re
 import types
 import typing
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import NoneType
@@ -179,7 +180,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
             text = stream.read(MOST_BYTES + 1)
         if len(text) > MOST_BYTES:
             raise ValueError(f"it has more than {MOST_BYTES:,} bytes")
-        value = yaml.load(text, Loader)
+        loader = Loader(text)
+        tree = loader.get_single_node()
+        _check_keys(tree)
+        value = None if tree is None else loader.construct_document(tree)
         _check_size(value)
     except FileNotFoundError:
         raise NotFoundError(f"There is no config file '{path}'.", "'train --print-config' makes one.") from None
@@ -191,6 +195,21 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConfigError(f"The config file '{path}' must hold 'key: value' lines.")
     return {str(key): item for key, item in value.items()}
+
+
+def _check_keys(tree: Any) -> None:
+    """Raise ValueError for a key that stands twice in one mapping of a YAML tree: nobody knows which is meant."""
+    left, seen = [tree], set[int]()
+    while left:
+        node = left.pop()
+        if not isinstance(getattr(node, "value", None), list) or id(node) in seen:
+            continue
+        seen.add(id(node))
+        pairs = [pair for pair in node.value if isinstance(pair, tuple)]
+        for key, times in Counter(str(key.value) for key, _ in pairs).items():
+            if times > 1:
+                raise ValueError(f"'{key}' stands in it twice")
+        left += [part for pair in node.value for part in (pair if isinstance(pair, tuple) else (pair,))]
 
 
 def _check_size(value: Any) -> None:

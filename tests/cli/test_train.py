@@ -130,6 +130,14 @@ def test_unknown_keys_in_the_config_file_are_named(run, tmp_path):
     assert "Unknown setting 'trainig'" in done.exception.message and "training" in done.exception.hint
     file.write_text("training: {iteration: 3}\n")
     assert "Unknown setting 'iteration'" in run("--config", str(file)).exception.message
+    for line, hint in (
+        ("iterations: 3", "it goes below 'training:', indented."),
+        ("rank: 8", "it goes below 'lora:', indented."),
+        ("model: m", "mlx-lm's configs name it so; it may hold: base, "),
+        ("base_model: m", "did you mean 'base'? it may hold: "),
+    ):
+        file.write_text(line + "\n")
+        assert run("--config", str(file)).exception.hint.startswith(hint)
 
 
 # Option -> (what is typed, the settings that it changes). What the settings do: test_training_options.py.

@@ -243,6 +243,12 @@ def test_settings_are_strict(tmp_path):
             Quantization(bits, group, mode)
     (tmp_path / "c.yaml").write_text("learning_rate: 1e-5\nrank: 8\n")
     assert read_yaml(tmp_path / "c.yaml") == {"learning_rate": 1e-5, "rank": 8}
+    (tmp_path / "c.yaml").write_text("a: &a {x: 1, y: 2}\nb: {<<: *a, x: 3}\nc: [{x: 1}, {x: 2}]\n")
+    assert read_yaml(tmp_path / "c.yaml")["b"] == {"x": 3, "y": 2}
+    for twice in ("x: 1\ny: 2\nx: 3\n", "a: {x: 1, x: 1}\n", "a: [{x: 1, x: 2}]\n", '{"x": 1, "x": 2}'):
+        (tmp_path / "c.yaml").write_text(twice)
+        with pytest.raises(errors.ConfigError, match="cannot be read: 'x' stands in it twice"):
+            read_yaml(tmp_path / "c.yaml")
 
 
 def test_files_are_whole_or_absent(tmp_path):
