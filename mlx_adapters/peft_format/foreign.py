@@ -22,6 +22,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlx_adapters.checkpoints.contents import MODEL_CONFIG
 from mlx_adapters.checkpoints.shards import peft_weight_files
 from mlx_adapters.config.mapping import to_mend
 from mlx_adapters.errors import FormatError, NotFoundError
@@ -59,6 +60,8 @@ def weights_in(folder: Path) -> Path:
             f"'{folder}' holds adapters in folders of it: {', '.join(inner[:10])}{', …' if len(inner) > 10 else ''}."
         )
         raise NotFoundError(several, f"name one: --subfolder {inner[-1]}, or the folder itself.")
+    if (folder / MODEL_CONFIG).is_file() and not (folder / CONFIG_FILE).is_file():
+        raise NotFoundError(f"'{folder}' is a model, not an adapter.", "name it as the base: --base.")
     loose = [path.name for kind in ("*.safetensors", f"*{NPZ}") for path in paths.visible(folder, kind)]
     if loose and not any(fnmatch(name, PEFT_SHARDS) for name in loose):
         several = (

@@ -20,6 +20,7 @@ CACHE_HINT = "free some space, or name a place on another disk for downloads wit
 SIGN_IN = "sign in with 'hf auth login', or set HF_TOKEN."
 COMMIT = re.compile(r"[0-9a-f]{40}")
 BAD_BRANCH = re.compile(r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|@\{|//|^[-/.]|/\.|[/.]$|\.lock(?=/|$)|^@$")
+SNAPSHOTS = "snapshots"  # the folder of all commits that the cache has something of
 
 
 @contextlib.contextmanager
@@ -220,12 +221,21 @@ def cached(repo: str, revision: str | None) -> Path | None:
 
     Where the cache does not know which commit the main branch is, but has one commit alone, it is that.
     """
-    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub import snapshot_download
 
     with contextlib.suppress(HubError), hub_errors(f"find '{repo}'"):
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=[], local_files_only=True))
-    kept = paths.visible(Path(constants.HF_HUB_CACHE), f"models--{repo.replace('/', '--')}/snapshots/*")
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=[], local_files_only=True))
+        if folder.parent.name == SNAPSHOTS:  # a branch whose file is empty is none
+            return folder
+    kept = _kept(repo)
     return kept[0] if revision is None and len(kept) == 1 else None
+
+
+def _kept(repo: str) -> list[Path]:
+    """The folders of all commits of a repository that the cache has something of."""
+    from huggingface_hub import constants
+
+    return paths.visible(Path(constants.HF_HUB_CACHE), f"models--{repo.replace('/', '--')}/{SNAPSHOTS}/*")
 
 
 def cached_repositories() -> list[tuple[str, str]]:
@@ -260,12 +270,16 @@ def tree(repo: str, commit: str) -> dict[str, int]:
     return listed
 
 
-def require_online(repo: str) -> None:
-    """Raise HubError if huggingface_hub was told not to use the network."""
+def require_online(repo: str, revision: str | None = None, here: Path | None = None) -> None:
+    """Raise HubError if huggingface_hub was told not to use the network; `here`: what the cache has of the revision."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
-        raise NotCached(f"Cannot download '{repo}': it is not in the cache, and the Hub is not asked.", _why_no_hub())
+        if here is None and revision is None and (kept := _kept(repo)):
+            message = f"The cache has {len(kept)} commits of '{repo}' and does not know which one is meant."
+            raise NotCached(message, f"name it: {repo}@{kept[-1].name}, for example. {_why_no_hub()}")
+        where = "" if here else "it is not in the cache, and "
+        raise NotCached(f"Cannot download '{repo}': {where}the Hub is not asked.", _why_no_hub())
 
 
 def require_room(repo: str, needed_bytes: int) -> None:

@@ -15,7 +15,8 @@ from mlx_adapters.storage import paths
 from mlx_adapters.storage.tensor_names import ADAPTER_FILE, CONFIG_FILE
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-CHECKPOINT = re.compile(r"(.+)@(\d+|best|last)")
+ITERATION = re.compile(r"[0-9]{1,18}|best|last")
+CHECKPOINT = re.compile(rf"(.+)@({ITERATION.pattern})")
 HUB = re.compile(r"([A-Za-z0-9][\w.-]*/\w[\w.-]*)((?:/\w[\w.-]*)*)(?:@([\w./-]+))?")
 
 
@@ -93,7 +94,7 @@ def parse_reference(text: str) -> Reference:
         hint = "'mlx-adapters list' shows the names; a repository of the Hub is 'user/repo'."
         raise ConfigError(f"There is no folder '{text}', and no name and no repository is spelled so.", hint)
     name, at, iteration = text.partition("@")
-    if at and not CHECKPOINT.fullmatch(text):
+    if at and not ITERATION.fullmatch(iteration):
         raise ConfigError(
             f"'{text}' is no reference: after '@' comes an iteration, 'best' or 'last'.", f"for example '{name}@600'."
         )

@@ -21,11 +21,10 @@ from mlx_adapters.models.metadata import (
     read_version,
 )
 from mlx_adapters.sources.references import NAME, check_name
-from mlx_adapters.storage import locks, paths, replacing, temporaries, tensor_files
+from mlx_adapters.storage import files, locks, paths, replacing, temporaries, tensor_files
 from mlx_adapters.storage.tensor_names import (
     ADAPTER_FILE,
     ADAPTER_OUTPUT,
-    CHECKPOINT_FILE,
     CHECKPOINTS_FOLDER,
     METADATA_FILE,
     checkpoint_file,
@@ -160,9 +159,8 @@ def read_entry(folder: Path) -> Entry:
 
 
 def _look_at_files(folder: Path, fields: dict[str, Any]) -> None:
-    there = os.listdir(folder)
-    fields["iterations"] = tuple(sorted(int(m[1]) for m in map(CHECKPOINT_FILE.fullmatch, there) if m))
-    if ADAPTER_FILE not in there or not (folder / ADAPTER_FILE).is_file():
+    fields["iterations"] = files.iterations_of(folder)
+    if not (folder / ADAPTER_FILE).is_file():
         fields["problem"] = f"{ADAPTER_FILE} is missing"
     else:
         fields["size_bytes"] = tensor_files.glance_at_safetensors(folder / ADAPTER_FILE)

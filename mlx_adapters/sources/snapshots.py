@@ -39,7 +39,7 @@ def model_snapshot(repo: str, revision: str | None, *, download: bool = True, ev
             return here
         raise NotFoundError(f"'{repo}' is not on this machine yet.", f"'mlx-adapters download {repo}' fetches it.")
     try:
-        hub.require_online(repo)
+        hub.require_online(repo, revision, here)
         return _download(repo, here.name if here and not lacks else revision)
     except HubError as error:
         if here is None:

@@ -289,5 +289,5 @@ def chosen_iteration(folder: Path, recorded: int | None) -> int | None:
 
 def iterations_of(folder: Path) -> tuple[int, ...]:
     """The iterations that the folder has checkpoints of, ascending."""
-    matches = (CHECKPOINT_FILE.fullmatch(path.name) for path in Path(folder).iterdir())
+    matches = (CHECKPOINT_FILE.fullmatch(path.name) for path in Path(folder).iterdir() if path.is_file())
     return tuple(sorted(int(match.group(1)) for match in matches if match))

@@ -252,3 +252,10 @@ def test_an_npz_that_unfolds_to_more_than_it_holds_is_refused(tmp_path):
     np.savez(tmp_path / "adapters.npz", **{f"{KEYS[0]}.lora_a": np.array([{"a": 1}], object)})
     with pytest.raises(FormatError, match=r"not a whole \.npz"):
         add(tmp_path, name="it")
+
+
+def test_a_model_is_told_as_one(tiny_model):
+    """Its file of weights is none of an adapter's, whatever is offered otherwise."""
+    with pytest.raises(NotFoundError, match="is a model, not an adapter") as caught:
+        add(tiny_model("llama"), name="it")
+    assert "--base" in caught.value.hint

@@ -193,7 +193,7 @@ def test_references():
     assert parse("./a@5") == references.Reference("path", "./a", 5)
     assert parse("user/repo@v1") == references.Reference("hub", "user/repo", revision="v1")
     assert parse("a/b/c") == references.Reference("hub", "a/b", subfolder="c")
-    for bad in ("", "a b", "sql@", "sql@x", "a//c", "-x"):
+    for bad in ("", "a b", "sql@", "sql@x", "sql@1@2", "sql@" + "9" * 5000, "a//c", "-x"):
         with pytest.raises(errors.ConfigError):
             parse(bad)
 

@@ -34,6 +34,15 @@ def test_best_and_last_of_what_has_no_checkpoints(tiny_model, tmp_path):
         references.parse_reference("sql@first")
 
 
+def test_a_folder_that_is_called_like_a_checkpoint_is_none(tiny_model):
+    folder = make_run(tiny_model("llama"), "sql")
+    (folder / "0000900_adapters.safetensors").mkdir()
+    with pytest.raises(NotFoundError, match="no checkpoint 900") as caught:
+        load_adapter("sql@900")
+    assert "900" not in caught.value.hint
+    assert load_adapter("sql@last").iteration == 300
+
+
 def test_a_folder_wins_over_the_hub_and_that_is_said(tiny_model, tmp_path, monkeypatch, caplog):
     write_adapter(make_adapter(tiny_model("llama")), tmp_path / "out" / "sql")
     (tmp_path / "out" / "model").symlink_to(tiny_model("llama"))

@@ -193,6 +193,35 @@ def test_a_cache_that_does_not_know_its_main_branch(hub, model, offline):
         resolve_base(f"{REPO}@v1")
 
 
+def test_a_branch_whose_file_is_empty_is_none(hub, model, offline):
+    """As a kill leaves it: huggingface_hub takes the folder of all commits for the commit."""
+    resolve_base(REPO)
+    (place(model).parent.parent / "refs" / "main").write_text("")
+    offline()
+    loads()
+
+
+def test_of_several_commits_one_is_named(hub, model, offline):
+    resolve_base(REPO)
+    shutil.copytree(place(model), place("b" * 40), symlinks=True)
+    shutil.rmtree(place(model).parent.parent / "refs")
+    offline()
+    with pytest.raises(HubError, match="has 2 commits of 'org/m' and does not know which one is meant") as caught:
+        resolve_base(REPO)
+    assert f"{REPO}@{sorted([model, 'b' * 40])[-1]}" in caught.value.hint
+    resolve_base(f"{REPO}@{model}")
+
+
+def test_what_is_taken_from_the_cache_is_not_said_to_be_missing_there(hub, model, offline, caplog):
+    resolve_base(REPO)
+    forget_listing()
+    offline()
+    caplog.set_level(logging.INFO, logger="mlx_adapters.hub")
+    loads()
+    assert any("comes from the cache" in m and "the Hub is not asked" in m for m in caplog.messages)
+    assert not any("not in the cache" in m for m in caplog.messages)
+
+
 def test_a_cache_filled_file_by_file(hub, model, offline):
     for name in ("config.json", "tokenizer.json", *SHARDS):
         hf_hub_download(REPO, name)
