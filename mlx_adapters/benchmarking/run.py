@@ -113,7 +113,7 @@ def benchmark(
         seed=seed,
     )
     with workspace() as folder:
-        parsed = read_variants(variants, base, folder)
+        parsed = read_variants(variants, base, folder, on_event)
         own = trained_on(parsed)
         prompts, judged = at_hand(data, folder / "prompts", own), at_hand(quality, folder / "quality", own)
         check_data(prompts, judged, score, own)

@@ -72,7 +72,7 @@ def evaluate(
     """
     config = of_kind(EvaluationConfig, config)
     with workspace() as folder:
-        parsed = read_variants(variants, base, folder)
+        parsed = read_variants(variants, base, folder, on_event)
         ready = [prepare(variant, folder, config.any_base, on_event) for variant in parsed]
         return evaluate_ready(ready, data, config, on_event)
 
@@ -272,7 +272,7 @@ def save(report: EvaluationReport, references: Sequence[str], *, on_event: OnEve
     """
     written = []
     by_label = {evaluation.variant: evaluation for evaluation in report.evaluations if evaluation.error is None}
-    for text in references:
+    for text in dict.fromkeys(references):
         if text in by_label and text != BASE and text.partition("@")[0].casefold() in map(str.casefold, names()):
             try:
                 _keep(report, by_label[text], *locate(text))

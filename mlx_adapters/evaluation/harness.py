@@ -123,7 +123,7 @@ def run_tasks(
         )
     evaluations: list[TaskEvaluation] = []
     with workspace() as place:
-        parsed = read_variants(variants, base, place)
+        parsed = read_variants(variants, base, place, on_event)
         for variant in parsed:
             on_event(Progress("tasks", len(evaluations), len(parsed), "variant"))
             model = None  # let the one before go first

@@ -173,15 +173,21 @@ def _with_base(variant: Variant, base: str | None) -> Variant:
 
 
 def read_variants(
-    given: "AdapterOrBase | Iterable[AdapterOrBase]", base: "BaseLike | None", folder: Path
+    given: "AdapterOrBase | Iterable[AdapterOrBase]", base: "BaseLike | None", folder: Path, on_event: OnEvent
 ) -> list[Variant]:
     """`parse_variants` of what Python's functions take; an adapter that no file holds as it is, is written into
-    `folder`."""
+    `folder`. Adapters that do not stand on the first one's base are told."""
     from mlx_adapters.models.adapter import AdapterOrBase
 
     several = [given] if isinstance(given, AdapterOrBase) else given
     texts = [_spelled(variant, folder / f"{number}") for number, variant in enumerate(several)]
-    return parse_variants(texts, None if base is None else base_name(base))
+    variants = parse_variants(texts, None if base is None else base_name(base))
+    adapted = [variant for variant in variants if variant.adapter and not variant.problem]
+    for other in (variant for variant in adapted if variant.base != adapted[0].base):
+        on_event(
+            Note(f"'{other.label}' stands on '{other.base}', '{adapted[0].label}' on '{adapted[0].base}'.", "warning")
+        )
+    return variants
 
 
 def _spelled(variant: "AdapterOrBase", folder: Path) -> str | Variant:

@@ -22,6 +22,7 @@ from mlx_adapters.evaluation.evaluate import EvaluationConfig, choose_rows, eval
 from mlx_adapters.evaluation.harness import TaskEvaluation, TaskReport, TaskResult, results, run_tasks
 from mlx_adapters.evaluation.scores import greedy_answers, parse_score, questions
 from mlx_adapters.evaluation.tokens import Batches, judge, judged_rows
+from mlx_adapters.events import Note
 from mlx_adapters.generation.live import load_model
 from mlx_adapters.sources import registry
 from mlx_adapters.sources.bases import resolve_base
@@ -119,11 +120,22 @@ def test_evaluate_compares_row_by_row(tiny_model, data):
     assert {len(line) for line in reports.table(report)[1]} == {len(reports.table(report)[0])}
 
 
+def test_adapters_of_two_bases_are_told(tiny_model, data):
+    """Their rows are compared, each on its own base."""
+    one, other = tiny_model("llama"), tiny_model("llama", bits=4)
+    registered_adapter(one)
+    registered_adapter(other, name="far")
+    events: list[Note] = []
+    evaluate(["base", "sql", "far", str(other)], data, on_event=events.append)
+    warned = [event.text for event in events if getattr(event, "level", "") == "warning"]
+    assert warned == [f"'far' stands on '{other}', 'sql' on '{one}'."]
+
+
 def test_figures_are_kept_with_the_adapter(tiny_model, data):
     registered_adapter(tiny_model("llama"))
     for _ in range(2):
         report = evaluate(["sql"], data)
-        assert save(report, ["sql"]) == ["sql"]
+        assert save(report, ["sql", "sql"]) == ["sql"]
     (kept,) = load_adapter("sql").metadata["evaluations"]
     assert kept["metrics"]["loss"] == report.evaluations[0].loss.value and kept["rows"] == len(ROWS)
     other = evaluate(["sql"], data, config=EvaluationConfig(max_rows=2))

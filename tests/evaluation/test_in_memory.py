@@ -65,7 +65,7 @@ def test_a_changed_adapter_lies_nowhere(sql, tmp_path, change):
     changed = change(sql)
     wanted = held if change is on_disk_again else {name: np.zeros_like(array) for name, array in held.items()}
     assert place_of(changed) is None
-    (variant,) = read_variants([changed], None, tmp_path / "work")
+    (variant,) = read_variants([changed], None, tmp_path / "work", print)
     measured = ma.load_adapter(variant.adapter)
     assert all(np.array_equal(measured.weights[name], array) for name, array in wanted.items())
     with pytest.raises(NotFoundError, match="No folder holds 'sql'"):
