@@ -5,12 +5,13 @@ import json
 import math
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from mlx_adapters.answers.reading import Answer, Part, ToolCall
+from mlx_adapters.answers.tokens import Offsets, TokenTexts
 from mlx_adapters.generation.requests import Token
 from mlx_adapters.protocols.options import Asked
 
@@ -49,7 +50,7 @@ class Writer:
         asked: the request.
         model: the adapter or base that answers.
         fingerprint: of what computes.
-        token_text: the text of a token.
+        texts: of tokens.
         prompts: the texts of the prompts, where they are to be echoed.
     """
 
@@ -62,16 +63,16 @@ class Writer:
         asked: Asked,
         model: str,
         fingerprint: str,
-        token_text: Callable[[int], str],
+        texts: TokenTexts,
         prompts: Sequence[str] = (),
     ) -> None:
         self.asked, self.model, self.fingerprint, self.prompts = asked, model, fingerprint, prompts
-        self._token_text = token_text
+        self._texts = texts
         self.id = self.prefix + uuid.uuid4().hex
         self.created = int(time.time())
         self._waiting: dict[int, list[Token]] = {}
         self._calls: dict[int, int] = {}
-        self._offsets: dict[int, int] = {}
+        self._offsets: dict[int, Offsets] = {}
 
     def frame(self, chunk: Body) -> bytes:
         """One server-sent event."""
@@ -176,9 +177,9 @@ class Writer:
         return {"content": entries, "refusal": None}
 
     def _entry(self, token: int, logprob: float | None) -> Body:
-        text = self._token_text(token)
-        whole = "\ufffd" not in text  # else the token holds a part of a character
-        return {"token": text, "logprob": _finite(logprob), "bytes": list(text.encode()) if whole else None}
+        spelled = self._texts.spelled(token)
+        bytes_ = None if spelled is None else list(spelled)
+        return {"token": self._texts.text(token), "logprob": _finite(logprob), "bytes": bytes_}
 
 
 class FunctionWriter(Writer):
@@ -236,16 +237,26 @@ class CompletionWriter(Writer):
     def _logprobs(self, index: int, tokens: Sequence[Token]) -> Body | None:
         if self.asked.logprobs is None or not tokens:
             return None
-        texts, offsets = [self._token_text(t.id) for t in tokens], []
-        for text in texts:
-            offsets.append(self._offsets.get(index, 0))
-            self._offsets[index] = offsets[-1] + len(text)
+        if index not in self._offsets:
+            prompt = Offsets(self._texts)
+            for token in tokens:
+                if token.of_prompt:
+                    prompt.add(token.id)
+            # What stands before the prompt's text (BOS, the space of its first word) begins where that does.
+            self._offsets[index] = Offsets(self._texts, len(self._echo(index)) - prompt.at)
         return {
-            "tokens": texts,
+            "tokens": [self._texts.label(t.id) for t in tokens],
             "token_logprobs": [None if t.logprob is None else _finite(t.logprob) for t in tokens],
-            "top_logprobs": [{self._token_text(i): _finite(p) for i, p in t.top} or None for t in tokens],
-            "text_offset": offsets,
+            "top_logprobs": [self._top(t) for t in tokens],
+            "text_offset": [max(self._offsets[index].add(t.id), 0) for t in tokens],
         }
+
+    def _top(self, token: Token) -> Body | None:
+        """The likeliest tokens and the one that was chosen; of several that read alike, the likelier."""
+        if token.logprob is None:
+            return None
+        told = {self._texts.label(i): _finite(p) for i, p in reversed(token.top)}
+        return dict(reversed(told.items())) | {self._texts.label(token.id): _finite(token.logprob)}
 
 
 def _said(kind: str, text: str) -> Body:

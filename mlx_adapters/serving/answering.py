@@ -14,6 +14,7 @@ from starlette.responses import JSONResponse, Response
 
 from mlx_adapters.answers.constraints import Constraint, Grammar, Grammars
 from mlx_adapters.answers.reading import Answer, AnswerReader
+from mlx_adapters.answers.tokens import TokenTexts
 from mlx_adapters.errors import ModelError
 from mlx_adapters.models.model import Model, prompt_tokens
 from mlx_adapters.protocols.chat import CompletionWriter, FunctionWriter, Writer, embeddings_body
@@ -46,7 +47,7 @@ class Answering:
         self.engine, self.settings, self.model = engine, engine.settings, engine.model
         self.tokenizer = engine.model.tokenizer
         self.grammars = Grammars(self.tokenizer, self.model.vocabulary)
-        self.tokenizing = Tokenizing(self.model)
+        self.tokenizing, self.texts = Tokenizing(self.model), TokenTexts(self.tokenizer)
         known = f"{engine.catalog.base_name} {self.model.base.fingerprint}"
         self.fingerprint = "fp_" + hashlib.sha256(known.encode()).hexdigest()[:12]
 
@@ -71,7 +72,7 @@ class Answering:
         model = self.engine.catalog.resolve(asked.model, asked.user)
         prompts = [await self.plain_tokens(prompt) for prompt in given]
         texts = [p if isinstance(p, str) else self.tokenizer.decode(p) for p in given] if asked.echo else []
-        writer = CompletionWriter(asked, model, self.fingerprint, self._token_text, texts)
+        writer = CompletionWriter(asked, model, self.fingerprint, self.texts, texts)
         return await self.answer(request, fields, asked, model, prompts, writer, lambda: None, plain_grammar(asked))
 
     async def response(self, request: Request) -> Response:
@@ -113,7 +114,7 @@ class Answering:
         if not raw:
             return await self.converse(request, fields, asked, talk, writer)
         model, prompt = self.engine.catalog.resolve(asked.model, None), talk.messages[-1]["content"]
-        made, tokens = writer(asked, model, self.fingerprint, self._token_text), await self.plain_tokens(prompt)
+        made, tokens = writer(asked, model, self.fingerprint, self.texts), await self.plain_tokens(prompt)
         return await self.answer(request, fields, asked, model, [tokens], made, lambda: None, plain_grammar(asked))
 
     async def embeddings(self, request: Request) -> Response:
@@ -172,15 +173,12 @@ class Answering:
 
         return await self.tokenizing.run(len(prompt), encoded, where)
 
-    def _token_text(self, token: int) -> str:
-        return self.tokenizer.decode([token])
-
     async def converse(
         self, request: Request, fields: Fields, asked: Asked, talk: Conversation, writer: Callable[..., Writer]
     ) -> Response:
         """Answer a conversation in the words of `writer`."""
         model = self.engine.catalog.resolve(asked.model, asked.user)
-        made = writer(asked, model, self.fingerprint, self._token_text)
+        made = writer(asked, model, self.fingerprint, self.texts)
         prompt, read, grammar = await self._prepared(model, asked, talk, made.asks_in)
         return await self.answer(request, fields, asked, model, [prompt], made, read, grammar)
 

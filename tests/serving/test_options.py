@@ -57,6 +57,37 @@ def test_lists_of_prompts_and_echo(client, server):
     assert texts == [choice.text for choice in answer.choices]
 
 
+def test_a_completions_tokens_are_told_as_its_text_has_them(client, server):
+    """Where they begin, the one that was chosen among the likeliest, and parts of a character each by its bytes."""
+    prompt = "Liste ü€😀 auf: "
+    bias = {str(token): 40 for token in server[1].tokenizer.encode("List all students")}
+    options = dict(model="base", prompt=prompt, seed=3, max_tokens=24, logprobs=5, echo=True, logit_bias=bias)
+    choice = client.completions.create(**options).choices[0]
+    told, text = choice.logprobs, choice.text
+    parts = [token for token in told.tokens if token.startswith("bytes:")]
+    assert r"bytes:\xc3" in parts and "\ufffd" not in "".join(told.tokens)
+    for token, at in zip(told.tokens, told.text_offset, strict=True):
+        assert token in parts or text.startswith(token, at)
+    assert len(prompt) in told.text_offset and told.text_offset == sorted(told.text_offset)
+    for token, logprob, top in zip(told.tokens[1:], told.token_logprobs[1:], told.top_logprobs[1:], strict=True):
+        assert top[token] == logprob and len(top) <= 6
+    assert any(len([one for one in top if one.startswith("bytes:")]) > 1 for top in told.top_logprobs[1:])
+    alone = client.completions.create(**options | {"logprobs": 0}).choices[0].logprobs
+    assert alone.top_logprobs[1:] == [{t: p} for t, p in zip(told.tokens[1:], told.token_logprobs[1:], strict=True)]
+    pieces = [one.choices[0].logprobs for one in client.completions.create(**options, stream=True)]
+    assert [at for one in pieces if one for at in one.text_offset] == told.text_offset
+
+
+def test_bytes_of_a_chats_tokens_put_its_characters_together(client, server):
+    bias = {str(token): 30 for token in server[1].tokenizer.encode("ü€😀")}
+    choice = client.chat.completions.create(
+        model="base", messages=CHAT, temperature=1, seed=1, max_tokens=60, logprobs=True, logit_bias=bias
+    ).choices[0]
+    entries = choice.logprobs.content
+    assert any(entry.token == "\ufffd" for entry in entries)
+    assert bytes(byte for entry in entries for byte in entry.bytes).decode(errors="replace") == choice.message.content
+
+
 @pytest.mark.parametrize("most", [0, 1])
 def test_an_echo_tells_the_prompts_log_probabilities(client, server, most):
     """As lm-evaluation-harness asks for them."""

@@ -120,14 +120,15 @@ def test_a_completion_continues_its_prompt_to_the_space(client):
     assert spaces > 0
 
 
-def test_a_token_that_is_part_of_a_character_has_no_bytes(client, server):
+def test_a_token_that_is_part_of_a_character_has_bytes_of_its_own(client, server):
     answer = client.chat.completions.create(
         model="base", messages=CHAT, max_tokens=1, temperature=0, logprobs=True, top_logprobs=20
     )
     entries = answer.choices[0].logprobs.content[0].top_logprobs
     assert any("\ufffd" in entry.token for entry in entries)
     for entry in entries:
-        assert entry.bytes == (None if "\ufffd" in entry.token else list(entry.token.encode()))
+        assert bytes(entry.bytes).decode(errors="replace") == entry.token
+        assert (entry.bytes == list(entry.token.encode())) == ("\ufffd" not in entry.token)
 
 
 def test_a_temperature_next_to_0_is_greedy(client, server):
