@@ -137,11 +137,11 @@ def copy_companions(base: Base, folder: Path) -> None:
     own = {name: base.tokenizer / name for name in tokenizer_files(base.tokenizer)} if base.tokenizer else {}
     for name, path in own.items():
         files.copy_file(path, folder / name)
-    templates = templates_in(base.folder) if own and not templates_in(base.tokenizer or base.folder) else {}
     for name in companions(base.folder):
         if not (folder / name).exists() and not (own and is_of_tokenizer(name)):
             files.copy_file(base.folder / name, folder / name)
-    if templates:  # the other tokenizer has none of its own
+    templates = templates_in(base.tokenizer or base.folder) or templates_in(base.folder)
+    if templates and not templates_in(folder, processor=False):  # where others look for them
         settings = files.read_json(folder / TOKENIZER_CONFIG) if (folder / TOKENIZER_CONFIG).is_file() else {}
         named = [{"name": name, "template": text} for name, text in templates.items()]
         one = templates["default"] if list(templates) == ["default"] else named

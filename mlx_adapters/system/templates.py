@@ -38,16 +38,16 @@ LONG_TEXT, GROWTH = 1_000_000, 8  # a longer text must come from a conversation 
 _WIDTH = re.compile(r"\d{7,}|\*")  # in a format: a width or precision of ten million, or taken from a value
 
 
-def templates_in(folder: Path) -> dict[str, str]:
+def templates_in(folder: Path, processor: bool = True) -> dict[str, str]:
     """{name: text} of the chat templates in a folder, from any of the files where transformers keeps them; a single one
-    is the "default". None that can be read: {}."""
+    is the "default". None that can be read: {}. `processor`: its template counts where the tokenizer has none."""
     with contextlib.suppress(AdapterError, OSError, UnicodeError):
         paths = {Path(path).stem: Path(path) for path in glob_there(str(folder / TEMPLATE_FOLDER / "*.jinja"))}
         if (folder / TEMPLATE_FILE).is_file():
             paths["default"] = folder / TEMPLATE_FILE
         if paths:
             return {name: path.read_text(encoding="utf-8") for name, path in paths.items()}
-        for file in TEMPLATE_SETTINGS:
+        for file in TEMPLATE_SETTINGS if processor else TEMPLATE_SETTINGS[:1]:
             found = files.read_json(folder / file).get("chat_template") if (folder / file).is_file() else None
             if isinstance(found, list):  # as it is written; transformers has it as a mapping
                 found = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}

@@ -129,3 +129,12 @@ def test_they_go_along_where_the_tokenizer_of_an_adapter_has_none(tmp_path):
     (out := tmp_path / "out").mkdir()
     copy_companions(replace(base, tokenizer=other), out)
     assert templates_in(out) == templates_in(base.folder) and len(templates_in(out)) == 2
+
+
+def test_a_fused_model_has_its_processors_template_where_mlx_lm_finds_it(tiny_model, tmp_path):
+    folder = base_with(shutil.copytree(tiny_model("llama"), tmp_path / "base"), "processor", "{{ messages }}")
+    assert AutoTokenizer.from_pretrained(folder).chat_template is None
+    adapter = make_adapter(folder, keys=("model.layers.1.self_attn.q_proj",))
+    ma.fuse(folder, adapter, tmp_path / "out", options=ma.FuseOptions(method="nearest", check=False))
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == "{{ messages }}"
+    assert (tmp_path / "out" / "chat_template.json").is_file()
