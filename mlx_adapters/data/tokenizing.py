@@ -1,8 +1,8 @@
 """From rows to tokens, with the tokens marked that the loss counts.
 
-Without `mask_prompt` every token but the first is trained. With it only what the model writes: all turns of the
-assistant, or the last one (`last_turn_only`), from the end of the generation prompt to the token that ends the turn.
-`data.conversation` finds them.
+Without `mask_prompt` every token but the first is trained, turns of weight 0 apart. With it only what the model writes:
+all turns of the assistant, or the last one (`last_turn_only`), from the end of the generation prompt to the token that
+ends the turn. `data.conversation` finds them.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -102,7 +102,7 @@ class Tokenized:
             yield f"{count(self.truncated, row)} cut at {limit}."
         if self.dropped:
             named = ", ".join(self.dropped[:3])
-            yield f"{count(len(self.dropped), row)} with nothing to train within {limit}: {named}."
+            yield f"{count(len(self.dropped), row)} with nothing to train within {limit}, or of weight 0: {named}."
         if self.unusable:
             yield f"{count(len(self.unusable), row)} left out: {'; '.join(self.unusable[:3])}."
         sequences = [part for kept in self.rows for part in kept.sequences]
@@ -148,6 +148,10 @@ def tokenize_row(
         return _cut(raw, tokenizer, max_seq_length, tokens, trained if mask_prompt else None)
     if mask_prompt:
         return conversation_row(raw, tokenizer, row_conversation(raw, tokenizer, last_turn_only), max_seq_length)
+    if raw.silent:
+        return conversation_row(
+            raw, tokenizer, row_conversation(raw, tokenizer, mask_prompt=False), max_seq_length, False
+        )
     form, tokens = _plain_conversation(raw, tokenizer)
     if form.changes or raw.tools or any(map(_may_be_left_out, raw.messages)):
         with suppress(FormatError):  # a tokenizer that does not tell which characters its tokens stand for
@@ -177,8 +181,22 @@ def conversation_row(
     lost = dict.fromkeys(((told.origin(number) or 0) + 1, field) for number, field, _ in missing)
     if tools_left_out(said):
         lost[0, "tools"] = None
-    row = _cut(raw, tokenizer, max_seq_length, said.tokens, said.trained if mask_prompt else None)
+    marks = said.trained if mask_prompt else _all_but_silent(raw, tokenizer, told)
+    row = _cut(raw, tokenizer, max_seq_length, said.tokens, marks)
     return replace(row, left_out=tuple(lost), changes=told.form.changes)
+
+
+def _all_but_silent(raw: RawRow, tokenizer: Any, told: RowConversation) -> np.ndarray | None:
+    """(tokens,) bool: all but what the model says in turns of weight 0; None where there are none."""
+    silent = [i for i, origin in enumerate(told.form.origins) if raw.silent.intersection(origin)]
+    return None if not silent else ~_conversation(raw, tokenizer, told.form, silent).trained
+
+
+def _conversation(raw: RawRow, tokenizer: Any, form: Fitted, turns: Sequence[int]) -> Conversation:
+    arguments = raw.template_arguments
+    return conversation(
+        form.messages, tokenizer, raw.where, tools=form.tools, template_arguments=arguments, turns=turns
+    )
 
 
 def _cut(
@@ -221,14 +239,7 @@ def row_conversation(
     def render(form: Fitted) -> Conversation:
         turns = [i for i, message in enumerate(form.messages) if message["role"] == "assistant"]
         turns = [i for i in (turns[-1:] if last_turn_only else turns) if all(raw.weights[k] for k in form.origins[i])]
-        return conversation(
-            form.messages,
-            tokenizer,
-            raw.where,
-            tools=form.tools,
-            template_arguments=raw.template_arguments,
-            turns=turns,
-        )
+        return _conversation(raw, tokenizer, form, turns)
 
     told = RowConversation(*rendered(raw.messages, raw.tools, tokenizer, render, weights=raw.weights))
     turns = {told.origin(turn.message): turn.reached for turn in told.conversation.turns}

@@ -66,6 +66,13 @@ class RawRow:
         return self.canonical.weights
 
     @property
+    def silent(self) -> frozenset[int]:
+        """The numbers from 0 of the assistant's messages that are never trained, not even where the prompt is."""
+        spoken = enumerate(zip(self.canonical.messages, self.weights, strict=True))
+        asked = self.canonical.asked
+        return frozenset(i for i, (m, weight) in spoken if m["role"] == "assistant" and not weight and i >= asked)
+
+    @property
     def weight(self) -> int | None:
         """The row's own weight: 0 if it is not to be trained, 1 if it is or says nothing, None for any other value."""
         value = self.values.get("weight")

@@ -53,6 +53,7 @@ class Canonical:
         text: of a text row.
         template_arguments: what the row gives the chat template.
         rejected: of preferences: the values of a row that gives the rejected answer.
+        asked: of a prompt and a completion in messages: how many are the prompt.
     """
 
     format: str
@@ -66,6 +67,7 @@ class Canonical:
     text: str = ""
     template_arguments: dict[str, Any] = field(default_factory=dict)
     rejected: Values | None = None
+    asked: int = 0
 
     @property
     def characters(self) -> int:
@@ -264,7 +266,8 @@ def _pair(values: Values, asked: str, answered: str, where: str) -> Canonical:
     before = _turns(prompt, "user", asked, where)
     after = _turns(completion, "assistant", answered, where)
     weights = (*(0 for _ in before[0]), *after[1])
-    return _with_extras(values, [*before[0], *after[0]], weights, used, f"{shape} of messages", where)
+    found = _with_extras(values, [*before[0], *after[0]], weights, used, f"{shape} of messages", where)
+    return replace(found, asked=len(found.messages) - len(after[0]))
 
 
 def _turns(value: Any, role: str, name: str, where: str) -> tuple[list[Message], tuple[int, ...]]:

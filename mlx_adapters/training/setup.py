@@ -219,7 +219,8 @@ def tokenize_split(
     if split_name == "train" and not done.rows:
         if done.unusable and not done.dropped:
             raise FormatError("No training row says which answer is better.", f"{done.unusable[0]}.")
-        raise FormatError(f"No training row has anything to train within {limit}.", "raise --max-seq-length.")
+        hint = "raise --max-seq-length, or see what is left of a row: mlx-adapters data check DATA."
+        raise FormatError(f"No training row has anything to train within {limit}.", hint)
     labels = {row.desirable for row in done.rows}
     if split_name == "train" and config.objective.rows == "labeled" and len(labels) == 1:
         kind, other = ("good", "bad") if labels == {True} else ("bad", "good")

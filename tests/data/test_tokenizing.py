@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from helpers.chat_families import chat_tokenizer, drawn
 from hypothesis import given
 from hypothesis import strategies as st
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -242,3 +243,19 @@ def test_packing_holds_every_row_once_within_capacity(lengths):
     bins = fill_bins(lengths, 50)
     assert sorted(i for b in bins for i in b) == list(range(len(lengths)))
     assert all(sum(lengths[i] for i in b) <= 50 for b in bins)
+
+
+def test_turns_of_weight_0_are_not_trained_where_the_prompt_is():
+    tokenizer = chat_tokenizer("qwen3")
+    user = {"role": "user", "content": "a"}
+    bad, good = ({"role": "assistant", "content": text, "weight": weight} for text, weight in (("bad", 0), ("good", 1)))
+    raw = RawRow({"messages": [user, bad, user, good]}, "row")
+    whole, masked = (tokenize_row(raw, tokenizer, mask_prompt=mask) for mask in (False, True))
+    start = "<|im_start|>[[user\na<|im_end|>\n<|im_start|>assistant\n]]"
+    answer = "<|im_start|>assistant\n<think>\n\n</think>\n\ngood<|im_end|>\n]]"
+    assert drawn(tokenizer, whole.tokens, whole.trained) == (
+        f"{start}bad<|im_end|>[[\n<|im_start|>user\na<|im_end|>\n{answer}"
+    )
+    assert np.array_equal(whole.tokens, masked.tokens) and not (masked.trained & ~whole.trained).any()
+    context = RawRow({"prompt": [user, good, user], "completion": [good], "system": "s"}, "row")
+    assert tokenize_row(context, tokenizer).trained[1:].all()  # a prompt is trained whole, or not at all
