@@ -99,6 +99,7 @@ def prepared(peft: PeftAdapter, module: Any, layout: Layout, text_only: bool) ->
     places = Places(adaptable_layers(module), layout)
     known = [path for path in peft.modules if not (hf_names.is_end(path) or hf_names.is_of_experts(path))]
     names = {tensor_names.split(name)[0] for name in layout.shapes} | set(places.layers)
+    names |= {hf_names.peft_path(name) for name in names}  # a body of text and pictures begins otherwise there
     beginnings = tensor_names.other_beginning(known, places.known, names)
     peft = peft if beginnings in (None, ("", "")) else peft.renamed(*beginnings)
     parts = _other_parts(peft, places)
@@ -141,11 +142,8 @@ def _targets(pieces: list[Piece]) -> set[tuple[str, int | None]]:
 
 
 def _is_of_module(name: str, end: str) -> bool:
-    """Whether a tensor is of a module whose path ends so; of experts, which files hold in several forms, none is."""
-    path = tensor_names.split(name)[0]
-    if hf_names.block_of_experts(name) or hf_names.split_switch(path):
-        return False
-    steps = path.split(".")
+    """Whether a tensor is of a module whose path ends so."""
+    steps = tensor_names.split(name)[0].split(".")
     return any(".".join(steps[:i]).endswith(end) for i in range(1, len(steps) + 1))
 
 

@@ -194,7 +194,9 @@ def fused_updates(
         both = hf_names.fused_path(block, not inner) in modules
         names = peft.settings.names_parameter
         gate_up = inner if both else names(f"{block}.experts.{FUSED_GATE_UP}")
-        clear = both or (not inner and gate_up != names(f"{block}.experts.{FUSED_DOWN}"))
+        down = names(f"{block}.experts.{FUSED_DOWN}")
+        told = not peft.settings.target_parameters or (down and names(f"{block}.experts.{FUSED_GATE_UP}"))
+        clear = told if both else not inner and gate_up != down
         others = {name.rpartition(".")[2] for name in peft.settings.target_parameters if ".experts." in f".{name}"}
         if other := sorted(name for name in others if names(f"{block}.experts.{name}") and name not in KNOWN):
             why = (

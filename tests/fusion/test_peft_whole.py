@@ -88,6 +88,30 @@ def test_a_part_of_the_whole_modules_is_not_all(saved, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_one_expert_is_not_all(tmp_path):
+    base = FIXTURES / "qwen3_moe" / "base"
+    stack = "model.layers.{}.mlp.experts.{}.down_proj.weight"
+    settings = {"modules_to_save": ["down_proj"], "target_parameters": None, "target_modules": ["q_proj"]}
+
+    def experts(tensors, last):
+        update = {f"{PREFIX}model.layers.{layer}.self_attn.q_proj.lora_A.weight": mx.ones((8, 32)) for layer in (0, 1)}
+        update |= {name.replace("_A", "_B"): mx.zeros((32, 8)) for name in update}
+        return update | {
+            PREFIX + stack.format(layer, e): mx.ones((32, 16)) for layer in (0, 1) for e in range(4 - last)
+        }
+
+    for missing in (0, 1):
+        (tmp_path / str(missing)).mkdir()
+        source = changed(
+            "qwen3_moe/fused", tmp_path / str(missing), lambda t, m=missing: experts(t, m), r=8, **settings
+        )
+        if missing:
+            with pytest.raises(FormatError, match=r"of these the file lacks '.*experts\.3\.down_proj"):
+                fuse_peft(source, tmp_path / "out", base=base, options=QUIET)
+        else:
+            fuse_peft(source, tmp_path / "whole", base=base, options=QUIET)
+
+
 def test_a_whole_weight_beside_its_own_update_is_the_bases(tmp_path):
     """PEFT before 0.7 kept the base's weight under the module's own name, which a whole state has too."""
     case, base = "llama/float-alpha", FIXTURES / "llama" / "base"

@@ -86,6 +86,30 @@ def test_a_tower_with_the_same_blocks_is_not_taken_for_the_text_model(tmp_path):
         taken(folder)
 
 
+@pytest.mark.parametrize("architecture", ["gemma3", "qwen3_5"])
+def test_a_body_of_text_and_pictures_without_its_head(tiny_model, tmp_path, architecture):
+    base, folder = tiny_model(architecture), tmp_path / "peft"
+    adapter = picked_adapter(base, lambda key: key.endswith("q_proj"))
+    export_peft(adapter, folder, base=base)
+    tensors = {
+        re.sub(r"^base_model\..*?layers\.", "base_model.model.language_model.layers.", name): array
+        for name, array in mx.load(str(folder / WEIGHTS)).items()
+    }
+    mx.eval(tensors)
+    assert all(name.startswith("base_model.model.language_model.layers.") for name in tensors)
+    tensor_files.write_safetensors(folder / WEIGHTS, tensors)
+    assert import_peft(folder, base=base, name="it").config.keys == adapter.config.keys
+
+
+def test_two_updates_of_experts_need_both_names(tmp_path):
+    folder = copied("qwen3_moe/fused", tmp_path)
+    config = files.read_json(folder / "adapter_config.json")
+    assert {"gate_up_proj", "down_proj"} <= set(config["target_parameters"])
+    files.write_json(folder / "adapter_config.json", config | {"target_parameters": ["gate_up_proj", "gate.weight"]})
+    with pytest.raises(FormatError, match="does not say which parameter of the experts"):
+        taken(folder, "qwen3_moe")
+
+
 def in_shards(folder: Path, index: str | None = "model.safetensors.index.json", count: int = 3) -> Path:
     """What transformers' save_pretrained makes of an adapter that is larger than a shard may be."""
     tensors = mx.load(str(folder / WEIGHTS))
