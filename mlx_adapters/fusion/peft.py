@@ -20,7 +20,7 @@ from mlx_adapters.fusion.peft_resize import resized
 from mlx_adapters.fusion.peft_whole import whole_tensors
 from mlx_adapters.fusion.result import FuseResult
 from mlx_adapters.models.adapter import Adapter
-from mlx_adapters.models.base import Base, BaseLike, Named, says_tied
+from mlx_adapters.models.base import Base, BaseLike, Named, Trained, says_tied
 from mlx_adapters.models.layers import adaptable_layers, tied
 from mlx_adapters.models.loading import load_module
 from mlx_adapters.peft_format.conversion import convert, own_template, prepared, without_copies
@@ -99,8 +99,11 @@ def fuse_peft(
         on_event(Note("The fused model has an output layer of its own: the adapter changes one end of the embedding."))
     whole = whole_tensors(peft, module, layout, resolved.untied, one_for_both)
     rest, adapters = peft.without(lambda path: path in whole.updated), list[Adapter]()
+    own = own_template(peft, resolved, on_event)
+    if own and not rest.modules:  # no adapter to go with
+        resolved = replace(resolved, trained=Trained(own, None))
     if rest.modules:
-        name = {"name": peft.folder.name, "base": resolved.record(), **own_template(peft, resolved, on_event)}
+        name = {"name": peft.folder.name, "base": resolved.record(), **own}
         converted = convert(rest, module, layout, resolved.name, replaced=whole.replaced)
         adapters.append(replace(converted.adapter, metadata=name))
     check_as_loaded(peft, resolved, layout, whole, adapters)

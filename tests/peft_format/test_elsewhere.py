@@ -9,6 +9,7 @@ import mlx.core as mx
 import pytest
 from helpers.peft import FIXTURES, picked_adapter
 from helpers.tiny_configs import tiny_base
+from safetensors.numpy import load_file, save_file
 
 from mlx_adapters.adapters.peft_export import export_peft
 from mlx_adapters.adapters.peft_import import import_peft
@@ -273,3 +274,16 @@ def test_the_chat_template_beside_an_adapter_goes_with_it(tmp_path, file):
     assert template_of(import_peft(folder, base=same, name="same")).chat_template is None
     (folder / file).write_bytes(b"\xff{")  # none that can be read
     assert template_of(taken(folder, name="broken")).chat_template is None
+
+
+def test_a_chat_template_goes_with_whole_modules_alone(tmp_path):
+    """No LoRA matrix: there is no adapter to go with."""
+    folder = copied("llama/refused/norms-to-save", tmp_path)
+    config = json.loads((folder / "adapter_config.json").read_text()) | {"target_modules": []}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    path = folder / "adapter_model.safetensors"
+    tensors = {name: array for name, array in load_file(path).items() if "lora" not in name}
+    save_file(tensors, path)
+    (folder / "chat_template.jinja").write_text(CHATML)
+    fused = fuse_peft(folder, tmp_path / "fused", base=LLAMA / "base", options=FuseOptions(check=False))
+    assert template_in(fused.folder) == CHATML
