@@ -41,6 +41,7 @@ CALLING = ("function_call", "tool_call")  # speakers whose words are a call
 ARGUMENTS = ("arguments", "parameters", "args", "input")  # what a call gives its function
 CONTENTS = ("content", "value", "text")  # what holds a speaker's words
 WEIGHTS = ("weight", "train", "training", "loss")  # OpenAI's, what axolotl's rows have, and ms-swift's
+PARTLY = ("train_detail", "training_detail")  # axolotl's: which characters of a turn count
 TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
 THOUGHT_PARTS = ("thinking", "reasoning")
 _PYTHON = re.compile(r"\s*\[\s*\{\s*'(role|content|from|value)'\s*:")
@@ -56,7 +57,7 @@ def conversation(value: Any, where: str, name: str = "messages") -> tuple[list[M
 
     Raises FormatError, naming the place and the message.
     """
-    value = parsed(spelled(value, name, where))
+    value = in_rows(spelled(value, name, where))
     if not isinstance(value, list | tuple) or not value:
         raise FormatError(f"{where}: '{name}' must be a list with at least one message.")
     of = "" if name == "messages" else f" of '{name}'"
@@ -78,6 +79,17 @@ def as_called(messages: Sequence[Message]) -> list[int]:
         if None not in named and set(named) <= ids.keys() and len(set(named)) == len(named):
             order[at + 1 : until] = [at + 1 + named.index(id) for id in ids if id in named]
     return order
+
+
+def in_rows(value: Any) -> Any:
+    """What a text spells as JSON, or the value; and messages that stand in columns, {"role": [...], "content": [...]},
+    as `datasets` reads a sequence, in rows."""
+    value = parsed(value)
+    if not isinstance(value, Mapping) or not all(isinstance(column, list | tuple) for column in value.values()):
+        return value
+    if len({len(column) for column in value.values()}) != 1:
+        return value
+    return [dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True)]
 
 
 def spelled(value: Any, name: str, where: str) -> Any:
@@ -138,15 +150,16 @@ def _message(value: Any, name: str, where: str) -> tuple[Message, int]:
         raise FormatError(f"{where}: {name} must be an object, not {kind(value)}.")
     given = _in_usual_names(value, name, where)
     message = plain(given)
+    if partly := next((field for field in PARTLY if message.get(field)), None):
+        raise FormatError(
+            f"{where}: {name} has '{partly}', and a turn is trained whole or not at all.",
+            "make several turns of it, or leave the field out.",
+        )
     weight = min(_weight(message.pop(field, 1), name, where) for field in WEIGHTS)
-    if "function_call" in message:
-        call = message.pop("function_call")
-        if call:
-            message["tool_calls"] = [call]
-    if not message.get("tool_calls"):
-        message.pop("tool_calls", None)
-    else:
-        message["tool_calls"] = _calls(message["tool_calls"], name, where)
+    older, calls = (_calls(message.pop(field, None), name, where) for field in ("function_call", "tool_calls"))
+    said = [call["function"] for call in calls]
+    if calls := [*calls, *(call for call in older if call["function"] not in said)]:
+        message["tool_calls"] = calls
     ids = [message.get("tool_call_id"), *(call.get("id") for call in message.get("tool_calls", []))]
     if not all(isinstance(id, str | int | None) for id in ids):
         raise FormatError(f"{where}: the id of a tool call of {name} must be text.")
@@ -179,7 +192,7 @@ def _weight(value: Any, name: str, where: str) -> int:
 
 
 def _calls(value: Any, name: str, where: str) -> list[Message]:
-    value = parsed(value)
+    value = parsed(value) or []
     calls = [value] if isinstance(value, dict) else value
     if not isinstance(calls, list):
         raise FormatError(f"{where}: 'tool_calls' of {name} must be a list, not {kind(value)}.")

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mlx_adapters.errors import FormatError
-from mlx_adapters.rows.messages import Message, conversation, earlier, spelled, tools_of, turn
+from mlx_adapters.rows.messages import Message, conversation, earlier, in_rows, spelled, tools_of, turn
 from mlx_adapters.rows.preferences import OPENAI, SIDES, from_openai, two_answers
 from mlx_adapters.rows.values import is_missing, kind, parsed, plain, text_of
 from mlx_adapters.templates.habits import THOUGHT
@@ -250,7 +250,7 @@ def _text(values: Values, name: str, where: str) -> Canonical:
 
 def _chat(values: Values, name: str, where: str) -> Canonical:
     messages, weights = conversation(values[name], where, name)
-    shape = "ShareGPT" if "from" in parsed(parsed(values[name])[0]) else "messages"
+    shape = "ShareGPT" if "from" in parsed(in_rows(values[name])[0]) else "messages"
     return _with_extras(
         values, messages, weights, (name,), shape if name == "messages" else f"{shape} ('{name}')", where
     )

@@ -32,6 +32,8 @@ SAME = {
     "other speakers": {"messages": [{"role": "human", "content": ASK}, {"role": "Model", "content": ANSWER}]},
     "roles and values": {"messages": [{"role": "user", "value": ASK}, {"role": "ai", "text": ANSWER, "content": None}]},
     "JSON text, JSON text": {"prompt": json.dumps(CHAT[:1]), "completion": json.dumps(CHAT[1:])},
+    "messages in columns": {"messages": {"role": ["user", "assistant"], "content": [ASK, ANSWER]}},
+    "ShareGPT in columns": {"conversations": {"from": ["human", "gpt"], "value": [ASK, ANSWER]}},
     "a refusal": {"messages": [CHAT[0], {"role": "assistant", "content": None, "refusal": ANSWER}]},
     "nulls around it": {"messages": CHAT, "prompt": None, "completion": None, "tools": None, "weight": None},
     "JSON text of a part": {"messages": [{"role": "user", "content": {"type": "text", "text": ASK}}, CHAT[1]]},
@@ -200,6 +202,14 @@ def test_what_a_call_gives_its_function_has_several_names(name):
         assert read == {"type": "function", "function": {"name": "look", "arguments": given}}
 
 
+def test_an_older_call_beside_others_is_one_more_or_the_same():
+    look, other = ({"name": name, "arguments": "{}"} for name in ("look", "other"))
+    for older, names in ((look, ["look"]), (other, ["look", "other"]), (None, ["look"]), ({}, ["look"])):
+        said = {"role": "assistant", "tool_calls": [{"id": "1", "function": look}], "function_call": older}
+        calls = row({"messages": [CHAT[0], said]}).messages[1]["tool_calls"]
+        assert [call["function"]["name"] for call in calls] == names
+
+
 def test_calls_and_results_of_speakers():
     look = json.dumps({"name": "look", "arguments": {}})
     said = [CHAT[0], {"role": "tool_call", "content": look}, {"role": "tool_response", "content": "7"}, CHAT[1]]
@@ -220,6 +230,11 @@ BAD = {
     "messages as Python prints them": ({"messages": PRINTED}, "'messages' holds messages as Python prints them"),
     "a prompt as Python prints it": ({"prompt": PRINTED, "completion": "y"}, "'prompt' holds messages as Python"),
     "no words at all": ({"conversations": [{"from": "human"}]}, "message 1 of 'conversations' has no 'content'"),
+    "a turn that counts in part": (
+        {"messages": [CHAT[0], {**CHAT[1], "train_detail": [{"begin_offset": 0, "end_offset": 1, "train": False}]}]},
+        "message 2 has 'train_detail', and a turn is trained whole or not at all",
+    ),
+    "columns of other lengths": ({"messages": {"role": ["user"], "content": []}}, "'messages' must be a list"),
     "a role that is a number": ({"messages": [{"role": 1, "content": "x"}]}, "message 1 has no 'role'"),
     "a request without messages": (
         {"input": {"tools": []}, "preferred_output": CHAT[1:], "non_preferred_output": CHAT[1:]},
