@@ -105,7 +105,7 @@ def fuse_peft(
     if rest.modules:
         name = {"name": peft.folder.name, "base": resolved.record(), **own}
         converted = convert(rest, module, layout, resolved.name, replaced=whole.replaced)
-        adapters.append(replace(converted.adapter, metadata=name))
+        adapters.append(replace(converted.adapter, metadata=name).check())
     check_as_loaded(peft, resolved, layout, whole, adapters)
     return fuse(
         replace(resolved, parameters=whole.parameters),

@@ -27,7 +27,9 @@ def check_as_loaded(
     """Raise FidelityError if mlx-lm would load another change than `whole` and `adapters` are."""
     sanitize = sanitize_of(make_module(base.config, base.folder))
     tensors = _named({name: array.astype(mx.float32) for name, array in peft.dense.items()}, layout)
-    updates = _named({f"{path}.{WEIGHT}": _product(peft, module) for path, module in peft.modules.items()}, layout)
+    turned = layout.model_type in hf_names.FAN_IN_FAN_OUT  # whatever the config says: so does PEFT
+    products = {f"{path}.{WEIGHT}": _product(peft, module, turned) for path, module in peft.modules.items()}
+    updates = _named(products, layout)
     nothing = sanitize(layout.packed(_zeros(layout.shapes)))
     loaded = sanitize(layout.packed(_zeros(layout.shapes) | tensors | updates))
     for target in (piece.target for name in tensors for piece in layout.of(name) if piece.index is None):
@@ -59,11 +61,12 @@ def _named(arrays: Tensors, layout: Layout) -> Tensors:
     return named
 
 
-def _product(peft: PeftAdapter, module: PeftModule) -> mx.array:
-    """The update of a module's weight, as transformers keeps it, in float32; computed when it is read."""
+def _product(peft: PeftAdapter, module: PeftModule, turned: bool) -> mx.array:
+    """The update of a module's weight, as transformers keeps it (`turned`: as (in, out)), in float32; computed when it
+    is read."""
     a, b = module.a.astype(mx.float32), module.b.astype(mx.float32)
     product = (b @ a) * peft.settings.strength(module.path)[1]
-    return product.T if module.embedding or peft.settings.raw.get("fan_in_fan_out") else product
+    return product.T if module.embedding or turned else product
 
 
 def _change(path: str, adapters: list[Adapter]) -> mx.array | None:

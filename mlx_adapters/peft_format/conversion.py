@@ -96,7 +96,7 @@ def prepared(peft: PeftAdapter, module: Any, layout: Layout, text_only: bool) ->
     A trainer that wraps the model, or trains its body alone, puts all of its names elsewhere. Raises FormatError for an
     adapter of more than the text model unless `text_only`.
     """
-    places = Places(adaptable_layers(module), layout)
+    places, notes = Places(adaptable_layers(module), layout), _untargeted(peft)
     known = [path for path in peft.modules if not (hf_names.is_end(path) or hf_names.is_of_experts(path))]
     names = {tensor_names.split(name)[0] for name in layout.shapes} | set(places.layers)
     names |= {hf_names.peft_path(name) for name in names}  # a body of text and pictures begins otherwise there
@@ -105,12 +105,13 @@ def prepared(peft: PeftAdapter, module: Any, layout: Layout, text_only: bool) ->
     parts = _other_parts(peft, places)
     _refuse_unsaved_modules(peft, places)
     if not parts:
-        return peft, _unsaved_biases(peft, places)
+        return peft, notes + _unsaved_biases(peft, places)
     told = [f"'{part}' ({count(len(names), 'tensor')})" for part, names in parts.items()]
     if not text_only:
         raise FormatError(f"The PEFT adapter also changes {', '.join(told)}, which mlx-lm leaves out.", TEXT_HINT)
     peft = peft.without(lambda path: any(f"{path}.".startswith(f"{part}.") for part in parts))
-    return peft, [f"Left out, as no part of the text model: {', '.join(told)}.", *_unsaved_biases(peft, places)]
+    notes.append(f"Left out, as no part of the text model: {', '.join(told)}.")
+    return peft, notes + _unsaved_biases(peft, places)
 
 
 def _refuse_unsaved_modules(peft: PeftAdapter, places: Places) -> None:
@@ -145,6 +146,22 @@ def _is_of_module(name: str, end: str) -> bool:
     """Whether a tensor is of a module whose path ends so."""
     steps = tensor_names.split(name)[0].split(".")
     return any(".".join(steps[:i]).endswith(end) for i in range(1, len(steps) + 1))
+
+
+def _untargeted(peft: PeftAdapter) -> list[str]:
+    """What to tell of updates that the file holds and the config does not name."""
+    settings = peft.settings
+    if settings.raw.get("target_modules") in (None, "all-linear"):
+        return []
+    others = [
+        path
+        for path in peft.modules
+        if not (hf_names.is_of_experts(path) or hf_names.is_head(path) or settings.targets(path))
+        and not settings.names_parameter(tensor_names.join(path, WEIGHT))
+    ]
+    told = f"The PEFT config does not target '{others[0]}'" if others else ""
+    more = f" and {len(others) - 1:,} more" if len(others) > 1 else ""
+    return [f"{told}{more}, which the file updates: PEFT leaves that out, here it is taken."] if others else []
 
 
 def _unsaved_biases(peft: PeftAdapter, places: Places) -> list[str]:

@@ -162,6 +162,37 @@ def test_biases_that_were_trained_and_not_saved_are_told(case, kind, tmp_path):
     assert not any("trains biases" in str(event) for event in said)
 
 
+@pytest.mark.parametrize("case, said", [("llama/all-linear", True), ("gpt2/attention", False)])
+def test_how_weights_lie_is_told_by_the_layer(case, said, tmp_path):
+    """PEFT puts a wrong fan_in_fan_out right when it loads an adapter."""
+    assert files.read_json(FIXTURES / case / CONFIG)["fan_in_fan_out"] is not said
+    assert distance(case, changed(case, tmp_path, dict, fan_in_fan_out=said), tmp_path) < 1e-4
+
+
+def test_an_update_beyond_float32_is_told_as_that(tmp_path):
+    folder = changed("llama/float-alpha", tmp_path, lambda t: {name: array * 1e25 for name, array in t.items()})
+    with pytest.raises(FormatError, match="makes an update beyond float32"):
+        fuse_peft(folder, tmp_path / "out", base=FIXTURES / "llama" / "base", options=QUIET)
+
+
+LINEAR = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
+
+
+@pytest.mark.parametrize(
+    "settings", [{"target_modules": LINEAR[:1]}, {"target_modules": LINEAR, "layers_to_transform": [0]}], ids=str
+)
+def test_updates_that_the_config_does_not_name_are_told(settings, tmp_path):
+    """PEFT makes layers by the config alone, and passes over what the file holds for others."""
+    case, said = "llama/all-linear", []
+    folder, base = changed(case, tmp_path, dict, **settings), FIXTURES / "llama" / "base"
+    import_peft(folder, base=base, name="it", on_event=said.append)
+    fuse_peft(folder, tmp_path / "out", base=base, options=QUIET, on_event=said.append)
+    assert sum("PEFT leaves that out, here it is taken" in str(event) for event in said) == 2
+    said.clear()
+    import_peft(FIXTURES / case, base=base, name="whole", on_event=said.append)
+    assert not any("does not target" in str(event) for event in said)
+
+
 def test_a_token_is_trained_once(tmp_path):
     case = "llama/refused/trainable-tokens"
     indices = files.read_json(FIXTURES / case / CONFIG)["trainable_token_indices"]["embed_tokens"]
