@@ -6,6 +6,7 @@ quantized from the best weights there are. Rounding is to nearest, or calibrated
 what it cost is measured on other text (see `fidelity`).
 """
 
+import glob
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -138,6 +139,10 @@ def fuse(
         template_notes += unsaid
         for note in (*written.notes, *template_notes):
             on_event(Note(f"{note}.", "warning" if "left out" in note else "info"))
+        if options.format == "mlx" and glob.has_magic(str(out)):
+            on_event(
+                Note(f"Plain mlx-lm reads '{out}' as a pattern, and finds no weights there or others'.", "warning")
+            )
         if assembly.lost:
             others = f" and {count(len(assembly.lost) - 1, 'other layer')}" if len(assembly.lost) > 1 else ""
             strategy.warn(

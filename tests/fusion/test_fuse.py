@@ -1,5 +1,6 @@
 """The fused model computes what base and adapter compute, on every architecture, precision and layer type."""
 
+import glob
 import json
 import math
 import shutil
@@ -317,6 +318,16 @@ def test_survival_looks_at_some_rows_of_a_tall_layer_and_tells_the_same_on_a_gpu
     other = SurvivalSum()
     other.add(*rows)
     assert astuple(other.result("x"))[1:] == pytest.approx(astuple(whole.result("x"))[1:], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["plain", "my [4bit] model", "what?"])
+def test_a_folder_that_mlx_lm_reads_as_a_pattern_is_told(tiny_model, tmp_path, name):
+    folder, told = tiny_model("llama"), []
+    fuse(folder, visible_adapter(folder), tmp_path / name, on_event=lambda event: told.append(str(event)))
+    assert any("as a pattern" in text for text in told) == (name != "plain")
+    assert load_module(resolve_base(tmp_path / name))
+    found = glob.glob(str(tmp_path / name / "model*.safetensors"))  # as mlx-lm looks for them
+    assert bool(found) == ("[" not in name)
 
 
 def test_a_mistyped_model_folder_is_named_with_the_one_that_was_meant(tiny_model, home, tmp_path, monkeypatch):
