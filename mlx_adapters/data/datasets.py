@@ -20,7 +20,7 @@ from mlx_adapters.config.data import DataConfig
 from mlx_adapters.config.mapping import require
 from mlx_adapters.errors import FormatError, NotFoundError
 from mlx_adapters.rows import hub, objects
-from mlx_adapters.rows.files import Located, read_file, suffix_of
+from mlx_adapters.rows.files import ELSEWISE, Located, read_file, suffix_of
 from mlx_adapters.rows.row import DEFAULTS, RawRow, columns_of
 from mlx_adapters.rows.shapes import ORDINARY, belongs
 from mlx_adapters.rows.splits import NAMES, SAVED_BY_DATASETS, files_of, passed_over
@@ -224,6 +224,8 @@ def _nothing_there(folder: Path, judging: bool) -> NotFoundError:
     elif candidates:
         file = folder / candidates[0]
         hint = f"give the file itself ({file}), or make the splits: mlx-adapters data split {file} FOLDER."
+    elif others := [name for name in names if Path(name).suffix.lower() in ELSEWISE]:
+        hint = f"of '{others[0]}': {ELSEWISE[Path(others[0]).suffix.lower()]}"
     return NotFoundError(
         f"The data folder '{folder}' has no {what}; {f'it holds {_shown(names)}' if names else 'it is empty'}.", hint
     )

@@ -9,6 +9,7 @@ import numpy as np
 from mlx_adapters.config.training import TrainConfig
 from mlx_adapters.data.tokenizing import Row, Tokenized, tokenize, tokenize_row
 from mlx_adapters.errors import FormatError
+from mlx_adapters.rows.preferences import OPENAI, SIDES
 from mlx_adapters.rows.row import RawRow, columns_of
 from mlx_adapters.rows.values import plain
 
@@ -58,8 +59,9 @@ def require_texts(rows: Sequence[RawRow]) -> None:
     """Raise FormatError, naming the line, for a row of two answers, or of one that is marked as a bad one."""
     for raw in rows:
         if raw.rejected is not None:
+            first, other = SIDES if SIDES[0] in raw.values else OPENAI[1:]
             raise FormatError(
-                f"{raw.where}: the row has 'chosen' and 'rejected', and sft learns one answer.",
+                f"{raw.where}: the row has '{first}' and '{other}', and sft learns one answer.",
                 "give --objective dpo (or orpo, simpo, kto), or name the columns to learn.",
             )
         if raw.format != "text" and not columns_of(raw.read) and plain(raw.values.get("label")) is False:

@@ -21,6 +21,16 @@ Values = Mapping[str, Any]
 Located = tuple[Values, str]  # the values of a row, and the place where it stands
 ENCODINGS = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16", b"\xef\xbb\xbf": "utf-8-sig"}  # by their marks
 GZIP = b"\x1f\x8b"
+LARGE_FILE = b"version https://git-lfs.github.com/"  # how a stand-in of Git LFS begins
+# Endings of files that are not read, and what to do with one.
+ELSEWISE = {
+    **dict.fromkeys((".zst", ".bz2", ".xz", ".zip", ".7z"), "unpack it; gzip alone (.gz) is read as it is."),
+    **dict.fromkeys(
+        (".arrow", ".feather"), "read it with 'datasets' or pyarrow, and write Parquet: to_parquet('train.parquet')."
+    ),
+    **dict.fromkeys((".xlsx", ".xls", ".ods", ".numbers"), "save the table as CSV."),
+    **dict.fromkeys((".txt", ".md"), 'make rows of it: {"text": "..."} on each line of a .jsonl file.'),
+}
 UNREADABLE = object()  # a value of Parquet that Python has no form for
 
 
@@ -35,11 +45,24 @@ def read_file(path: Path) -> list[Located]:
         raise NotFoundError(f"There is no data file '{path}'.")
     suffix = suffix_of(path)
     if suffix is None:
-        raise FormatError(f"'{path}' is none of {', '.join(READERS)}.", "rename or convert it.")
+        hint = ELSEWISE.get(path.suffix.lower(), "rename or convert it.")
+        raise FormatError(f"'{path}' is none of {', '.join(READERS)}.", hint)
+    _require_whole(path)
     rows = READERS[suffix.removesuffix(".gz")](path)
     for values, where in rows:
         require_unicode(values, where)
     return rows
+
+
+def _require_whole(path: Path) -> None:
+    """Raise FormatError for what Git has in place of a large file that it did not fetch."""
+    try:
+        with path.open("rb") as stream:
+            stands_in = stream.read(len(LARGE_FILE)) == LARGE_FILE
+    except OSError:  # whoever reads it says why
+        return
+    if stands_in:
+        raise FormatError(f"'{path}' stands in for a large file that Git LFS has not fetched.", "git lfs pull.")
 
 
 def _jsonl(path: Path) -> list[Located]:

@@ -133,6 +133,10 @@ def test_data_check_sees_pairs_as_train_does(tiny_model):
     with pytest.raises(FormatError, match="row 1: the row has 'chosen' and 'rejected', and sft learns one answer"):
         check_data(pairs, tiny_model())
     assert check_data(pairs, tiny_model(), TrainConfig(objective=DPO())).splits["train"].rows == 1
+    sides = {name: [{"role": "assistant", "content": name}] for name in ("preferred_output", "non_preferred_output")}
+    theirs = [{"input": {"messages": [{"role": "user", "content": ASK}]}, **sides}]
+    with pytest.raises(FormatError, match="the row has 'preferred_output' and 'non_preferred_output', and sft"):
+        check_data(theirs, tiny_model())
 
 
 def test_mismatched_answers_belong_to_another_prompt(tokenizer):

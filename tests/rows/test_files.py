@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_adapters.errors import FormatError
+from mlx_adapters.data.datasets import read_data
+from mlx_adapters.errors import FormatError, NotFoundError
 from mlx_adapters.rows.files import read_file
 from mlx_adapters.rows.row import RawRow
 from mlx_adapters.rows.values import parsed
@@ -163,3 +164,29 @@ def test_a_row_that_is_nested_without_end_is_refused_or_text(tmp_path, levels, q
     else:
         with pytest.raises(FormatError, match=r"line 1: .*nested too deeply"):
             read_file(tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("train.jsonl.zst", "unpack it"),
+        ("data.ARROW", "'datasets' or pyarrow"),
+        ("a.xlsx", "as CSV"),
+        ("b.txt", "rows of"),
+    ],
+)
+def test_files_of_other_kinds_are_refused_with_what_to_do(tmp_path, name, hint):
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(FormatError, match=r"is none of \.jsonl") as refused:
+        read_file(tmp_path / name)
+    with pytest.raises(NotFoundError, match=r"has no train\.jsonl") as missing:
+        read_data(tmp_path)
+    assert hint in refused.value.hint and hint in missing.value.hint and name in missing.value.hint
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "train.parquet", "train.csv"])
+def test_what_git_lfs_has_not_fetched_is_told(tmp_path, name):
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(FormatError, match="stands in for a large file that Git LFS has not fetched") as refused:
+        read_data(tmp_path)
+    assert refused.value.hint == "git lfs pull."
