@@ -180,12 +180,11 @@ def interpolate_command(
         return
     rows = [(number(p.t), number(p.loss, 4), str(p.adapter.config.rank), kept.get(p.t, "-")) for p in points]
     _output.table(("T", "LOSS", "RANK", "KEPT AS"), rows, right=(0, 1, 2))
-    known = [p for p in points if p.loss is not None]
-    if known:
-        lowest = min(known, key=lambda p: p.loss or 0.0)
-        _output.say(f"The lowest loss is {number(lowest.loss, 4)}, at {number(lowest.t)}.")
+    best_first = sorted((p for p in points if p.loss is not None), key=lambda p: p.loss or 0.0) or points
+    if best_first[0].loss is not None:
+        _output.say(f"The lowest loss is {number(best_first[0].loss, 4)}, at {number(best_first[0].t)}.")
     if kept:
-        mine = _output.word(next(iter(kept.values())))
+        mine = _output.word(next(kept[p.t] for p in best_first if p.t in kept))
         _output.next_steps(f'mlx-adapters generate "..." --adapter {mine}{carried("generate")}')
     else:
         line = f"mlx-adapters interpolate {_output.word(a)} {_output.word(b)}{carried('interpolate')}"

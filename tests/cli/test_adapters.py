@@ -364,6 +364,10 @@ def test_losses_on_data(run, base, tmp_path):
     points = as_json(run("interpolate", "x", "y", "--data", tmp_path, "--name", "w", "--best", "--json"))["points"]
     best = min(points, key=lambda point: point["loss"])
     assert [point["name"] for point in points].count("w") == 1 and best["name"] == "w"
+    for name, order in (("v", ["x", "y"]), ("u", ["y", "x"])):  # what to try next is the best, not the first
+        at = best["t"] if order == ["x", "y"] else 1 - best["t"]
+        _, err = run("interpolate", *order, "--data", tmp_path, "--name", name)
+        assert f"--adapter {name}-{at:g}\n" in err
     losses = as_json(run("compare", "x", "y", "--data", tmp_path, "--json"))["losses"]
     assert losses == pytest.approx([points[0]["loss"], points[-1]["loss"]], rel=1e-5)
     model = load_model(resolve_base(base), lookup.load_adapter("w"))
