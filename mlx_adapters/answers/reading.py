@@ -7,7 +7,7 @@ carried out stays what it is: text.
 import json
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -21,10 +21,11 @@ _KINDS: dict[str | None, Kind] = {"normal": "content", "reasoning": "reasoning"}
 
 @dataclass(frozen=True)
 class Part:
-    """Something more of the text or of the reasoning."""
+    """Something more of the text or of the reasoning, and the tokens that wrote it."""
 
     kind: Kind
     text: str
+    tokens: tuple[Any, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,10 @@ class AnswerReader:
         initial = tokenizer.response_initial_state or ("reasoning" if reasoning else "normal")
         self._state = make_text_state_machine(known).make_state(initial)
         self._within: str | None = None
-        self._raw = ""
-        self._space: dict[Kind, str] = {"content": "", "reasoning": ""}
+        self._raw = Part("content", "")  # what may be a call
+        self._space: dict[Kind, Part] = {"content": Part("content", ""), "reasoning": Part("reasoning", "")}
+        self._written: list[tuple[int, int, tuple[Any, ...]]] = []  # from where to where tokens that have no place yet
+        self._length = 0
         self._begun: dict[Kind, bool] = {"content": False, "reasoning": False}
         self._split = initial != "normal"
         self.called = False
@@ -98,42 +101,68 @@ class AnswerReader:
         """Whether what is written now is reasoning."""
         return self._state[0] == "reasoning"
 
-    def add(self, text: str) -> list[Part | ToolCall]:
-        """What is certain after this text."""
+    def add(self, text: str, tokens: Sequence[Any] = ()) -> list[Part | ToolCall]:
+        """What is certain after this text, which these tokens wrote."""
+        held = self._state[3]
+        whole, start = held + text, self._length - len(held)
+        self._written.append((self._length, self._length + len(text), tuple(tokens)))
+        self._length += len(text)
         self._state, segments = TextStateMachine.split(self._state, text)
-        return self._take(segments)
+        parts, at, last = [], 0, len(segments) - 1
+        for number, (within, said) in enumerate(segments):  # marks stand between them, what is held back behind
+            if number:
+                at = len(whole) - len(self._state[3]) - len(said) if number == last else whole.find(said, at)
+            parts += self._take(within, said, start + at)
+            at += len(said)
+        return parts
 
     def finish(self) -> list[Part | ToolCall]:
         """The rest."""
         self._state, rest, kind = TextStateMachine.flush(self._state)
-        parts = self._take([(kind, rest)] if rest else [])
+        parts = self._take(kind, rest, self._length - len(rest)) if rest else []
         if self._within == "tool":
             parts += self._calls(ended=False)
         space = self._space["content"]
-        return parts + ([Part("content", space)] if space and not self.called else [])
+        if not self.called and space.text:
+            parts.append(space)
+        wordless = tuple(token for _, _, tokens in self._written for token in tokens)  # of a stop word, say
+        return [*parts, Part("content", "", wordless)] if wordless and not self.reasoning and not self.called else parts
 
-    def _take(self, segments: Sequence[tuple[str | None, str]]) -> list[Part | ToolCall]:
+    def _take(self, within: str | None, text: str, begin: int) -> list[Part | ToolCall]:
+        """What is certain after a text in the state `within`, which begins there."""
         parts: list[Part | ToolCall] = []
-        for within, text in segments:
-            if self._within == "tool" and within != "tool":
-                parts += self._calls(ended=True)
-            self._within = within
-            if within == "tool":
-                self._split, self._raw = True, self._raw + text
-            elif within in _KINDS:
-                parts += self._say(_KINDS[within], text)
+        before, tokens = self._tokens(begin, begin + len(text))
+        if self._within == "tool" or within == "tool":
+            self._raw = Part("content", self._raw.text, self._raw.tokens + before)
+        if self._within == "tool" and within != "tool":
+            parts += self._calls(ended=True)
+        self._within = within
+        if within == "tool":
+            self._split, self._raw = True, Part("content", self._raw.text + text, self._raw.tokens + tokens)
+        elif within in _KINDS:
+            parts += self._say(_KINDS[within], text, tokens)
         return parts
 
-    def _say(self, kind: Kind, text: str) -> list[Part | ToolCall]:
+    def _tokens(self, begin: int, end: int) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """Those that wrote the mark before this place, and those that wrote what is there."""
+        before: list[Any] = []
+        there: list[Any] = []
+        while self._written and self._written[0][0] < max(begin, end):
+            _, until, tokens = self._written.pop(0)
+            (before if until <= begin else there).extend(tokens)
+        return tuple(before), tuple(there)
+
+    def _say(self, kind: Kind, text: str, tokens: tuple[Any, ...]) -> list[Part | ToolCall]:
         """The text without the space around reasoning and calls."""
         self._split = self._split or kind == "reasoning"
-        text = self._space[kind] + text
+        text, tokens = self._space[kind].text + text, self._space[kind].tokens + tokens
         if self._split and not self._begun[kind]:
             text = text.lstrip()
         body = text.rstrip() if self._splits else text
-        self._space[kind] = text[len(body) :]
+        space = text[len(body) :]
+        self._space[kind] = Part(kind, space, tokens if space and not body else ())
         self._begun[kind] = self._begun[kind] or bool(body)
-        return [Part(kind, body)] if body else []
+        return [Part(kind, body, tokens)] if body else []
 
     @property
     def _splits(self) -> bool:
@@ -143,12 +172,12 @@ class AnswerReader:
     def _calls(self, ended: bool) -> list[Part | ToolCall]:
         """The calls in what was between the marks; the text as it is, if these are none."""
         assert self._format is not None
-        raw, self._raw, self._within = self._raw, "", None
+        raw, self._raw, self._within = self._raw, Part("content", ""), None
         try:
-            calls = [self._call(call) for call in self._format.calls(raw, self._tools)]
+            calls = [self._call(call) for call in self._format.calls(raw.text, self._tools)]
         except Exception:  # a parser raises what it likes
-            return self._say("content", self._start + raw + (self._end if ended else ""))
-        self.called, self._space["content"] = True, ""
+            return self._say("content", self._start + raw.text + (self._end if ended else ""), raw.tokens)
+        self.called, self._space["content"] = True, Part("content", "")
         return list(calls)
 
     def _call(self, call: Mapping[str, Any]) -> ToolCall:
@@ -164,8 +193,9 @@ class AnswerReader:
 class Answer:
     """What was written of one answer, put together of its parts.
 
-    `read` None: all of it is content. `tokens` are what the engine tells of each; `reasoning_tokens` are those of
-    `completion_tokens` that were written after reasoning began, with the mark that ends it.
+    `read` None: all of it is content. `tokens` are those of the content, `thoughts` those of the reasoning;
+    `reasoning_tokens` counts those of `completion_tokens` that were written after reasoning began, with the mark that
+    ends it.
     """
 
     read: AnswerReader | None = None
@@ -176,6 +206,7 @@ class Answer:
     def __post_init__(self) -> None:
         self.calls: list[ToolCall] = []
         self.tokens: list[Any] = []
+        self.thoughts: list[Any] = []
         self.completion_tokens = self.reasoning_tokens = 0
 
     def count(self, completion_tokens: int) -> int:
@@ -185,19 +216,21 @@ class Answer:
             self.reasoning_tokens += new
         return new
 
-    def add(self, text: str, finish_reason: str | None) -> list[Part | ToolCall]:
-        """Take in a piece; what is new of the answer."""
+    def add(self, text: str, finish_reason: str | None, tokens: Sequence[Any] = ()) -> list[Part | ToolCall]:
+        """Take in a piece, which these tokens wrote; what is new of the answer."""
         if self.read is None:
-            parts: list[Part | ToolCall] = [Part("content", text)] if text else []
+            parts: list[Part | ToolCall] = [Part("content", text, tuple(tokens))] if text or tokens else []
         else:
-            parts = self.read.add(text) + (self.read.finish() if finish_reason else [])
+            parts = self.read.add(text, tokens) + (self.read.finish() if finish_reason else [])
         for part in parts:
             if isinstance(part, ToolCall):
                 self.calls.append(part)
             elif part.kind == "content":
                 self.content += part.text
+                self.tokens += part.tokens
             else:
                 self.reasoning += part.text
+                self.thoughts += part.tokens
         if finish_reason is not None:
             self.finish_reason = "tool_calls" if self.calls and finish_reason == "stop" else finish_reason
         return parts

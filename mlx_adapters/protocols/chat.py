@@ -70,7 +70,7 @@ class Writer:
         self._texts = texts
         self.id = self.prefix + uuid.uuid4().hex
         self.created = int(time.time())
-        self._waiting: dict[int, list[Token]] = {}
+        self._opened: set[int] = set()
         self._calls: dict[int, int] = {}
         self._offsets: dict[int, Offsets] = {}
 
@@ -81,7 +81,7 @@ class Writer:
     def note_first(self, at: float | None) -> None:
         """When an answer's first token was written (seconds of `time.monotonic`); its text may come much later."""
 
-    def note(self, index: int, parts: Sequence[Part | ToolCall], tokens: Sequence[Token], answer: Answer) -> None:
+    def note(self, index: int, parts: Sequence[Part | ToolCall], answer: Answer) -> None:
         """Take in a piece of the choice `index` of answers that will be told whole."""
 
     def whole(self, answers: Sequence[Answer], usage: Body) -> Body:
@@ -93,18 +93,20 @@ class Writer:
         """The chunks that come first."""
         yield from ()
 
-    def piece(
-        self, index: int, parts: Sequence[Part | ToolCall], tokens: Sequence[Token], answer: Answer
-    ) -> Iterator[Body]:
+    def piece(self, index: int, parts: Sequence[Part | ToolCall], answer: Answer) -> Iterator[Body]:
         """The chunks that tell of a piece of the choice `index`."""
-        if index not in self._waiting:
-            self._waiting[index] = []
+        if index not in self._opened:
+            self._opened.add(index)
             yield self._chunk(index, {"role": "assistant", "content": ""})
-        self._waiting[index] += tokens
+        wordless = None
         for part in parts:
-            yield from (self._chunk(index, delta) for delta in self._deltas(index, part))
+            if isinstance(part, Part) and not part.text:
+                wordless = part
+                continue
+            told = part if isinstance(part, Part) else None
+            yield from (self._chunk(index, delta, part=told) for delta in self._deltas(index, part))
         if answer.finish_reason is not None:
-            yield self._chunk(index, {}, answer.finish_reason)
+            yield self._chunk(index, {}, answer.finish_reason, wordless)
 
     def end(self, answers: Sequence[Answer], usage: Body) -> Iterator[Body]:
         """The chunks that come last."""
@@ -121,14 +123,12 @@ class Writer:
         yield {"tool_calls": [head]}
         yield {"tool_calls": [{"index": number, "function": {"arguments": part.arguments}}]}
 
-    def _chunk(self, index: int, delta: Body, reason: str | None = None) -> Body:
-        tokens: Sequence[Token] = ()
-        if (delta.get("content") != "" or reason) and (waiting := self._waiting[index]):
-            tokens, self._waiting[index] = waiting, []
+    def _chunk(self, index: int, delta: Body, reason: str | None = None, part: Part | None = None) -> Body:
+        tokens = {} if part is None else {part.kind: part.tokens}
         choice = {
             "index": index,
             **self._delta(delta),
-            "logprobs": self._logprobs(index, tokens),
+            "logprobs": self._logprobs(index, **tokens),
             "finish_reason": reason,
         }
         return self._envelope(self.chunk_kind, [choice]) | ({"usage": None} if self.asked.include_usage else {})
@@ -149,7 +149,7 @@ class Writer:
         return {
             "index": index,
             "message": message,
-            "logprobs": self._logprobs(index, answer.tokens) or self._no_logprobs,
+            "logprobs": self._logprobs(index, answer.tokens, answer.thoughts) or self._no_logprobs,
             "finish_reason": answer.finish_reason,
         }
 
@@ -168,13 +168,14 @@ class Writer:
             "choices": choices,
         }
 
-    def _logprobs(self, index: int, tokens: Sequence[Token]) -> Body | None:
-        if self.asked.logprobs is None or not tokens:
+    def _logprobs(self, index: int, content: Sequence[Token] = (), reasoning: Sequence[Token] = ()) -> Body | None:
+        if self.asked.logprobs is None or not (content or reasoning):
             return None
-        entries = [
-            self._entry(t.id, t.logprob) | {"top_logprobs": [self._entry(i, p) for i, p in t.top]} for t in tokens
-        ]
-        return {"content": entries, "refusal": None}
+        told: Body = {"content": self._entries(content), "refusal": None}
+        return told | ({"reasoning_content": self._entries(reasoning)} if reasoning else {})
+
+    def _entries(self, tokens: Sequence[Token]) -> list[Body]:
+        return [self._entry(t.id, t.logprob) | {"top_logprobs": [self._entry(i, p) for i, p in t.top]} for t in tokens]
 
     def _entry(self, token: int, logprob: float | None) -> Body:
         spelled = self._texts.spelled(token)
@@ -193,8 +194,8 @@ class FunctionWriter(Writer):
             yield {"function_call": {"name": part.name, "arguments": ""}}
             yield {"function_call": {"arguments": part.arguments}}
 
-    def _chunk(self, index: int, delta: Body, reason: str | None = None) -> Body:
-        return super()._chunk(index, delta, _older(reason))
+    def _chunk(self, index: int, delta: Body, reason: str | None = None, part: Part | None = None) -> Body:
+        return super()._chunk(index, delta, _older(reason), part)
 
     def _choice(self, index: int, answer: Answer) -> Body:
         choice = super()._choice(index, answer)
@@ -216,7 +217,7 @@ class CompletionWriter(Writer):
     def begin(self, choices: int) -> Iterator[Body]:
         """The echoes of a stream."""
         for index in range(choices):
-            self._waiting[index] = []
+            self._opened.add(index)
             if self.asked.echo:
                 yield self._chunk(index, {"content": self._echo(index)})
 
@@ -234,7 +235,8 @@ class CompletionWriter(Writer):
             "finish_reason": answer.finish_reason,
         }
 
-    def _logprobs(self, index: int, tokens: Sequence[Token]) -> Body | None:
+    def _logprobs(self, index: int, content: Sequence[Token] = (), reasoning: Sequence[Token] = ()) -> Body | None:
+        tokens = content
         if self.asked.logprobs is None or not tokens:
             return None
         if index not in self._offsets:

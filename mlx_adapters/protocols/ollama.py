@@ -146,7 +146,7 @@ class OllamaWriter(Writer):
         super().__init__(*given, **more)
         self._start = time.monotonic_ns()
         self._first: int | None = None
-        self._tokens: list[Token] = []  # that no line told of yet
+        self._wordless: list[Token] = []  # tokens that no line told of, as of a stop word
 
     def frame(self, chunk: Body) -> bytes:
         """One line."""
@@ -161,26 +161,24 @@ class OllamaWriter(Writer):
     def whole(self, answers: Sequence[Answer], usage: Body) -> Body:
         """The body of an answer that is not streamed."""
         (answer,) = answers
-        line = self._line(answer.content, answer.reasoning, answer.calls, answer.tokens)
+        line = self._line(answer.content, answer.reasoning, answer.calls, [*answer.thoughts, *answer.tokens])
         return line | self._ending(answer, usage)
 
-    def piece(
-        self, index: int, parts: Sequence[Part | ToolCall], tokens: Sequence[Token], answer: Answer
-    ) -> Iterator[Body]:
+    def piece(self, index: int, parts: Sequence[Part | ToolCall], answer: Answer) -> Iterator[Body]:
         """The lines that tell of a piece."""
-        self._tokens += tokens
         for part in parts:
-            told, self._tokens = self._tokens, []
             if isinstance(part, ToolCall):
-                yield self._line("", "", [part], told)
-            else:
+                yield self._line("", "", [part], ())
+            elif part.text:
                 content, reasoning = (part.text, "") if part.kind == "content" else ("", part.text)
-                yield self._line(content, reasoning, [], told)
+                yield self._line(content, reasoning, [], part.tokens)
+            else:
+                self._wordless += part.tokens
 
     def end(self, answers: Sequence[Answer], usage: Body) -> Iterator[Body]:
         """The last line."""
         (answer,) = answers
-        yield self._line("", "", [], self._tokens) | self._ending(answer, usage)
+        yield self._line("", "", [], self._wordless) | self._ending(answer, usage)
 
     @classmethod
     def loaded(cls, model: str, keep_alive: Any) -> Body:

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mlx_adapters.answers.reading import Answer, Part, ToolCall
-from mlx_adapters.generation.requests import Token
 from mlx_adapters.protocols.chat import Body, Writer
 from mlx_adapters.protocols.conversation import (
     Conversation,
@@ -131,7 +130,6 @@ class ResponseWriter(Writer):
         self._number = 0
         self._items: list[Body] = []
         self._open: tuple[str, str] | None = None  # the kind of the item that is being written, and its text
-        self._tokens: list[Token] = []  # whose text is not told yet
         self._told: list[Body] = []  # the log-probabilities of the text that is being written
 
     def frame(self, chunk: Body) -> bytes:
@@ -157,18 +155,17 @@ class ResponseWriter(Writer):
         for name in ("response.created", "response.in_progress"):
             yield {"type": name, "response": self._response([], None, None)}
 
-    def piece(
-        self, index: int, parts: Sequence[Part | ToolCall], tokens: Sequence[Token], answer: Answer
-    ) -> Iterator[Body]:
+    def piece(self, index: int, parts: Sequence[Part | ToolCall], answer: Answer) -> Iterator[Body]:
         """The events that tell of a piece."""
-        self._tokens += tokens
         for part in parts:
             if isinstance(part, ToolCall):
                 yield from self._close()
                 yield from self._called(part)
-                self._tokens = []  # the call's
                 continue
-            entries, self._tokens = self._entries(self._tokens if part.kind == "content" else []), []
+            entries = self._entries(part.tokens) if part.kind == "content" and self.asked.logprobs is not None else []
+            if not part.text:  # of a stop word, say
+                self._told += entries if self._open else []
+                continue
             if self._open is None or self._open[0] != part.kind:
                 yield from self._close()
                 yield from self._begun(part.kind)
@@ -179,8 +176,6 @@ class ResponseWriter(Writer):
 
     def end(self, answers: Sequence[Answer], usage: Body) -> Iterator[Body]:
         """The events that come last."""
-        if self._open and self._open[0] == "content":
-            self._told += self._entries(self._tokens)  # of a stop word, say: they wrote no text
         yield from self._close()
         (answer,) = answers
         response = self._response(self._items, answer, usage)
@@ -221,10 +216,6 @@ class ResponseWriter(Writer):
         yield {"type": f"{name}.delta", **place, "delta": call.arguments}
         yield {"type": f"{name}.done", **place, "name": call.name, "arguments": call.arguments}
         yield {"type": "response.output_item.done", "output_index": place["output_index"], "item": item}
-
-    def _entries(self, tokens: Sequence[Token]) -> list[Body]:
-        logprobs = self._logprobs(0, tokens)
-        return logprobs["content"] if logprobs else []
 
     def _event(self, kind: str, told: Sequence[Body] = (), **more: Any) -> Body:
         place = {"output_index": len(self._items) - 1, "item_id": self._items[-1]["id"], "content_index": 0}

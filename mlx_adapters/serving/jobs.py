@@ -262,8 +262,8 @@ class Reply:
                 if not event.done():
                     event.cancel()
                     raise ClientDisconnect
-                index, parts, tokens = self._take(*event.result())
-                self.writer.note(index, parts, tokens, self.answers[index])
+                index, parts = self._take(*event.result())
+                self.writer.note(index, parts, self.answers[index])
             return self.writer.whole(self.answers, self._usage)
         finally:
             gone.cancel()
@@ -277,19 +277,19 @@ class Reply:
                 yield ready
                 ready = []
             try:
-                index, parts, tokens = self._take(*await events.get())
+                index, parts = self._take(*await events.get())
             except ApiError as error:
                 yield [*ready, error]
                 return
-            ready += self.writer.piece(index, parts, tokens, self.answers[index])
+            ready += self.writer.piece(index, parts, self.answers[index])
         yield [*ready, *self.writer.end(self.answers, self._usage)]
 
     @property
     def _unfinished(self) -> bool:
         return any(answer.finish_reason is None for answer in self.answers)
 
-    def _take(self, job: Job, event: Piece | ApiError) -> tuple[int, list[Part | ToolCall], Sequence[Token]]:
-        """Put a piece into its answer: which one that is, its new parts and tokens."""
+    def _take(self, job: Job, event: Piece | ApiError) -> tuple[int, list[Part | ToolCall]]:
+        """Put a piece into its answer: which one that is, and its new parts."""
         if isinstance(event, ApiError):
             raise event
         self.writer.note_first(job.first)
@@ -300,8 +300,7 @@ class Reply:
         index = self.jobs.index(job)
         answer = self.answers[index]
         self.told["completion_tokens"] += answer.count(made)
-        answer.tokens += tokens
-        return index, answer.add(text, reason), tokens
+        return index, answer.add(text, reason, tokens)
 
     @property
     def _usage(self) -> dict[str, Any]:

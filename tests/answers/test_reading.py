@@ -7,7 +7,7 @@ from helpers.chat_families import TOOLS, chat_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_adapters.answers.reading import Answer, AnswerReader, is_reasoning, reasoning_marks
+from mlx_adapters.answers.reading import Answer, AnswerReader, ToolCall, is_reasoning, reasoning_marks
 from mlx_adapters.templates.tool_calls import tool_format
 
 TOKENIZERS = {family: chat_tokenizer(family) for family in ("qwen3", "mistral", "kimi", "r1", "llama3", "gemma3")}
@@ -42,6 +42,33 @@ def test_pieces_make_no_difference(family, value, thought, sizes):
     assert [json.loads(one.arguments) for one in cut.calls] == [{"city": value}]
     assert (cut.content, cut.reasoning, cut.finish_reason) == (whole.content, whole.reasoning, "tool_calls")
     assert not cut.content and cut.reasoning == (thought.strip() if thinks else "")
+
+
+@given(st.sampled_from(["qwen3", "r1"]), TEXT, TEXT, TEXT, st.booleans(), st.booleans())
+@settings(max_examples=150)
+def test_tokens_go_with_the_text_that_they_wrote(family, first, thought, text, calls, stopped):
+    """Each letter is a token here: none of a mark or of a call is the answer's, none of the reasoning the text's."""
+    tokenizer = TOKENIZERS[family]
+    answer = Answer(AnswerReader(tokenizer, tool_format(tokenizer), TOOLS, reasoning_marks(tokenizer)))
+    written = f"{first}<think>{thought}</think>{text}" + (call(family, {"city": "a"}) if calls else "")
+    parts = [part for letter in written for part in answer.add(letter, None, [letter])]
+    parts += answer.add("", "stop", ["the stop word's"] if stopped else [])
+    assert len(answer.calls) == calls
+    told = "".join(answer.tokens).removesuffix("the stop word's")
+    assert (len(told) < len("".join(answer.tokens))) == (stopped and not calls)
+    assert "".join(told.split()) == "".join(answer.content.split()) == "".join((first + text).split())
+    assert "".join(answer.thoughts).strip() == answer.reasoning == thought.strip()
+    spoken = [part for part in parts if not isinstance(part, ToolCall)]
+    assert all("".join(part.tokens).strip() == part.text.strip() for part in spoken if part.text)
+
+
+def test_tokens_of_a_call_that_is_none_are_the_texts():
+    tokenizer = TOKENIZERS["qwen3"]
+    answer = Answer(AnswerReader(tokenizer, tool_format(tokenizer), TOOLS))
+    for token in ("I ", "<tool_call>", "nonsense", "</tool_call>", " see"):
+        answer.add(token, None, [token])
+    answer.add("", "length")
+    assert answer.content == "".join(answer.tokens) == "I <tool_call>nonsense</tool_call> see"
 
 
 @given(TEXT, st.lists(st.integers(1, 5), max_size=30))

@@ -425,6 +425,37 @@ def test_items_of_a_response_are_in_the_order_in_which_they_were_written(client)
     assert chat.finish_reason == "stop" and told == [(one.token, one.logprob) for one in chat.logprobs.content]
 
 
+def test_log_probabilities_of_the_text_are_not_of_the_reasoning(client):
+    """Clients put the answer together of its tokens; those of the reasoning are told beside them."""
+    tokenizer = chat_tokenizer("qwen3")
+    think, close, *some = tokenizer.encode("<think></think>It is sunny in Paris. Thank you", add_special_tokens=False)
+    plain = lambda text: "".join(text.split())  # noqa: E731
+    joined = lambda entries: plain(bytes(b for entry in entries for b in entry["bytes"]).decode())  # noqa: E731
+    seen = 0
+    for seed in range(4):
+        bias = {str(token): 50 for token in some} | {str(think): 49, str(close): 51}
+        body = QUIET | {"seed": seed, "logit_bias": bias}
+        asked = dict(model="base", messages=[{"role": "user", "content": "Who?"}], max_tokens=60, logprobs=True)
+        choice = client.chat.completions.create(**asked, extra_body=body).choices[0].to_dict()
+        told, message = choice["logprobs"], choice["message"]
+        assert joined(told["content"]) == plain(message["content"])
+        assert joined(told.get("reasoning_content", [])) == plain(message.get("reasoning_content", ""))
+        seen += bool(told["content"] and told.get("reasoning_content"))
+        chunks = [
+            chunk.choices[0].to_dict()
+            for chunk in client.chat.completions.create(**asked, stream=True, extra_body=body)
+        ]
+        for kind in ("content", "reasoning_content"):
+            pieces = [entry for chunk in chunks for entry in (chunk["logprobs"] or {}).get(kind, [])]
+            assert pieces == told.get(kind, [])
+        items = respond(
+            client, include=["message.output_text.logprobs"], temperature=1, max_output_tokens=60, extra_body=body
+        )
+        texts = [part for item in items.output if item.type == "message" for part in item.content]
+        assert [one.to_dict() for part in texts for one in part.logprobs] == told["content"]
+    assert seen
+
+
 def test_what_a_response_asks_of_the_reasoning_is_refused_by_its_place(server):
     post = lambda **reasoning: httpx.post(  # noqa: E731
         server[0] + "/v1/responses",

@@ -256,15 +256,15 @@ if BROWSER:
         assert page.evaluate("[asked[0].logprobs, asked[0].top_logprobs]") == [True, 5]
         page.evaluate("""(() => {
             const token = (token, logprob) => ({token, logprob, top_logprobs: [{token: "x", logprob: -1}]});
-            asked[0].think("Hm.", {logprobs: {content: [token("<think>", 0), token("Hm.", -1)]}});
+            asked[0].think("Hm.", {logprobs: {content: [], reasoning_content: [token("Hm.", -1)]}});
             asked[0].say("a", {logprobs: {content: [token("a", -0.1)]}});
             asked[0].say("é!", {logprobs: {content: [token("\\ufffd", -1), token("\\ufffd", -1), token("!", 0)]}});
             asked[0].end();
             asked[1].end();
         })()""")
         page.until("!busy()")
-        assert page.evaluate("texts('.tokens span')") == ["<think>", "Hm.", "a", "é", "!"]
-        assert page.evaluate("document.querySelectorAll('.tokens span')[2].title").startswith(
+        assert page.evaluate("texts('.tokens span')") == ["Hm.", "a", "é", "!"]
+        assert page.evaluate("document.querySelectorAll('.tokens span')[1].title").startswith(
             '"a": 90.5 %\nlikeliest:\n36.8 %'
         )
         assert "perplexity" in page.evaluate("texts('.figures')[0]")

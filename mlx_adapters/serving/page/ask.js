@@ -54,7 +54,7 @@ export async function ask(answer, body, key, signal, changed) {
       answer.text += content ?? "";
       answer.reasoning += reasoning ?? "";
     }
-    for (const token of choice.logprobs?.content ?? [])
+    for (const token of [...(choice.logprobs?.reasoning_content ?? []), ...(choice.logprobs?.content ?? [])])
       answer.tokens.push({ text: token.token, logprob: token.logprob,
                            top: token.top_logprobs.map(one => ({ text: one.token, logprob: one.logprob })) });
     if (choice.finish_reason) answer.state = choice.finish_reason === "length" ? "cut" : "whole";
