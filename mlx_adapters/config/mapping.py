@@ -7,17 +7,19 @@ wrong type is a ConfigError that names the key and its nearest neighbor.
 import contextlib
 import dataclasses
 import functools
+import math
 import numbers
 import re
 import types
 import typing
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, TypeVar
 
 from mlx_adapters.errors import ConfigError, NotFoundError, did_you_mean
+from mlx_adapters.units import count
 
 Config = TypeVar("Config")
 
@@ -36,6 +38,26 @@ def require(condition: bool, message: str, hint: str | None = None) -> None:
 def is_whole(value: object) -> bool:
     """Whether it is a whole number, of Python or NumPy; True and False are none."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def finite(value: Any, name: str) -> float:
+    """A number as Python's float. Raises ConfigError, with `name`, for what is none or is not finite."""
+    number = math.nan
+    if isinstance(value, numbers.Number) and not isinstance(value, bool):
+        with contextlib.suppress(TypeError, OverflowError):  # complex, and beyond all floats
+            number = float(value)  # type: ignore[arg-type]
+    require(math.isfinite(number), f"{name} must be a finite number, not {shown(value)}.")
+    return number
+
+
+def weights_of(given: Any, adapters: int, each: float) -> list[float]:
+    """One weight for each adapter; `each` where none are given. Raises ConfigError."""
+    if given is None:
+        return [each] * adapters
+    weights = [finite(one, "Every weight") for one in (given if isinstance(given, Iterable) else [given])]
+    there = f"{count(adapters, 'adapter')}, but {count(len(weights), 'weight')}"
+    require(len(weights) == adapters, f"There are {there}.", "give --weight once for each, in the same order.")
+    return weights
 
 
 hints_of: Callable[[Any], dict[str, Any]] = functools.cache(typing.get_type_hints)

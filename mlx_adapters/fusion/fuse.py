@@ -22,7 +22,7 @@ from mlx_adapters.assembly.writing import SPARE_BYTES, companion_bytes
 from mlx_adapters.calibration.strategy import Strategy
 from mlx_adapters.calibration.texts import GENERAL, PYTHON, choose_text
 from mlx_adapters.config.fusing import DEFAULTS, FuseOptions, with_calibration
-from mlx_adapters.config.mapping import from_mapping, require, to_mapping
+from mlx_adapters.config.mapping import from_mapping, require, to_mapping, weights_of
 from mlx_adapters.config.quantization import DTYPES, KEEP, QUANTIZATIONS, Precision, PrecisionLike
 from mlx_adapters.data.datasets import Data
 from mlx_adapters.errors import ConfigError, FidelityError, IncompatibleError
@@ -187,13 +187,7 @@ def gather_updates(
 ) -> Updates:
     """Read the adapters and pair them with their weights (default 1 each). Raises ConfigError."""
     loaded = [load_adapter(adapter) for adapter in adapters]
-    shares = [1.0] * len(loaded) if weights is None else [float(w) for w in weights]
-    require(
-        len(shares) == len(loaded),
-        f"{count(len(loaded), 'adapter')}, but {count(len(shares), 'weight')}.",
-        "give --weight once for each adapter, in their order, or not at all.",
-    )
-    require(all(abs(share) < float("inf") for share in shares), "weights must be finite numbers.")
+    shares = weights_of(weights, len(loaded), 1.0)
     require(bool(loaded) or replaced is not None, "Nothing to fuse: no adapter was given.")
     return Updates(tuple(zip(loaded, shares, strict=True)), replaced or {})
 

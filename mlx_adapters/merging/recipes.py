@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_adapters.config.data import TemplateConfig
-from mlx_adapters.config.mapping import require, to_mapping
+from mlx_adapters.config.mapping import finite, require, to_mapping, weights_of
 from mlx_adapters.config.merging import MergeMethod, MergeSettings
 from mlx_adapters.config.quantization import Dtype
 from mlx_adapters.errors import IncompatibleError
@@ -30,7 +30,6 @@ from mlx_adapters.sources import lookup, registry
 from mlx_adapters.storage import files, paths, replacing
 from mlx_adapters.storage.tensor_names import ADAPTER_FILE, LORA_A, LORA_B, join, natural_order
 from mlx_adapters.system import machine
-from mlx_adapters.units import count
 
 MOST_TO_FIRST = 2.0**60  # how much stronger than the first a share may be for that scale to be the result's
 
@@ -138,7 +137,9 @@ def subtract(
         >>> ma.subtract("sql", "chat", weight=0.5, name="sql-only").name
         'sql-only'
     """
-    return merge([minuend, subtrahend], [1.0, -weight], name=name, any_base=any_base, overwrite=overwrite)
+    return merge(
+        [minuend, subtrahend], [1.0, -finite(weight, "The weight")], name=name, any_base=any_base, overwrite=overwrite
+    )
 
 
 def scale(source: AdapterLike, factor: float, *, name: str | None = None, overwrite: bool = False) -> Adapter:
@@ -156,7 +157,8 @@ def scale(source: AdapterLike, factor: float, *, name: str | None = None, overwr
         >>> ma.scale("sql", 0.5).config.scale == ma.load_adapter("sql").config.scale / 2
         True
     """
-    require(math.isfinite(factor) and factor != 0, f"The factor must be a number other than 0, not {factor}.")
+    factor = finite(factor, "The factor")
+    require(factor != 0, "The factor must be a number other than 0.")
     adapter = lookup.load_adapter(source)
     _require_place(name, overwrite, [adapter])
     check_mergeable([adapter], any_base=True)
@@ -222,13 +224,9 @@ def _same_base(x: Adapter, y: Adapter) -> bool:
 
 def _checked_weights(adapters: Sequence[Adapter], weights: Sequence[float] | None) -> list[float]:
     require(len(adapters) > 0, "There is nothing to merge.", "name at least one adapter.")
-    if weights is None:
-        return [1 / len(adapters)] * len(adapters)
-    there = f"{count(len(adapters), 'adapter')}, but {count(len(weights), 'weight')}"
-    require(len(weights) == len(adapters), f"There are {there}.", "give --weight once for each, in the same order.")
-    require(all(math.isfinite(weight) for weight in weights), "Every weight must be a finite number.")
-    require(any(weight != 0 for weight in weights), "All weights are 0: nothing would be left.")
-    return [float(weight) for weight in weights]
+    checked = weights_of(weights, len(adapters), 1 / len(adapters))
+    require(any(weight != 0 for weight in checked), "All weights are 0: nothing would be left.")
+    return checked
 
 
 def _checked_method(asked: MergeSettings) -> Method:

@@ -239,10 +239,13 @@ _DAMAGED = "its file and its config do not belong together; copy or download bot
 
 def check_shapes(shapes: Mapping[str, tuple[int, ...]], config: AdapterConfig, name: str) -> None:
     """Raise FormatError unless the tensors are a whole adapter of `config`."""
+    keys = set(config.keys)
     for tensor in shapes:
         path, leaf = tensor_names.split(tensor)
         if leaf not in ADAPTER_LEAVES or not path:
             raise FormatError(f"Adapter '{name}' has a tensor '{tensor}' that no adapter has.", _DAMAGED)
+        if keys and path not in keys:
+            raise FormatError(f"Adapter '{name}' has a tensor '{tensor}', which is of none of its layers.", _DAMAGED)
         if 0 in shapes[tensor]:
             raise FormatError(f"Adapter '{name}': '{tensor}' is empty, with shape {shapes[tensor]}.", _DAMAGED)
     if not config.keys:

@@ -97,7 +97,8 @@ def several(given: "AdapterLike | Iterable[AdapterLike]") -> "list[Adapter | str
     """`plain` of one or of each of several."""
     from mlx_adapters.models.adapter import AdapterLike
 
-    return [plain(one) for one in ([given] if isinstance(given, AdapterLike) else given)]  # type: ignore[list-item]
+    each = [given] if isinstance(given, AdapterLike) or not isinstance(given, Iterable) else given
+    return [plain(one) for one in each]  # type: ignore[arg-type]
 
 
 def locate(

@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+from decimal import Decimal
+from fractions import Fraction
 from typing import get_args
 
 import mlx.core as mx
@@ -11,6 +13,7 @@ from helpers.adapters import LLAMA, MOE, make_adapter
 
 from mlx_adapters.config.merging import MergeMethod
 from mlx_adapters.errors import ConfigError, ExistsError, IncompatibleError
+from mlx_adapters.fusion.fuse import fuse
 from mlx_adapters.merging.extraction import extract
 from mlx_adapters.merging.methods import METHODS
 from mlx_adapters.merging.recipes import interpolate, merge, scale, subtract
@@ -73,6 +76,33 @@ def test_cat_is_the_default_and_exact_over_ranks_layers_and_scales(pair):
 def test_a_share_that_is_next_to_nothing_is_added_as_such(pair, weights):
     """Whichever comes first: the others are held against it."""
     assert_sum(merge(pair, list(weights)), list(zip(pair, weights, strict=True)))
+
+
+ODD = ["1", None, 1j, True, 10**400, float("nan"), [1.0]]
+
+
+@pytest.mark.parametrize("odd", ODD, ids=repr)
+def test_what_is_no_finite_number_is_refused(pair, odd):
+    for work in (
+        lambda: merge(pair, [odd, 1.0]),
+        lambda: subtract(*pair, weight=odd),
+        lambda: scale(pair[0], odd),
+        lambda: fuse(None, [pair[0]], "out", weights=[odd]),
+    ):
+        with pytest.raises(ConfigError, match="must be a finite number"):
+            work()
+
+
+def test_numbers_and_their_lists_may_be_of_any_kind(pair):
+    wanted = merge(pair, [0.5, 2.0])
+    for weights in (np.array([0.5, 2.0]), iter([0.5, 2]), (Fraction(1, 2), Decimal(2)), [np.float32(0.5), np.int64(2)]):
+        assert merge(pair, weights).fingerprint == wanted.fingerprint
+    assert scale(pair[0], Decimal("0.5")).fingerprint == scale(pair[0], 0.5).fingerprint
+    with pytest.raises(ConfigError, match="There are 2 adapters, but 1 weight"):
+        merge(pair, 0.5)
+    for none in (None, 5):
+        with pytest.raises(ConfigError, match="is no adapter and no model"):
+            merge(none)
 
 
 def test_adapters_of_strength_0_add_nothing(pair):

@@ -186,6 +186,15 @@ def test_registry(tiny_model, home):
         ma.load_adapter("sql@7")
 
 
+def test_tensors_of_a_layer_that_the_settings_do_not_name_are_not_written(tiny_model, tmp_path):
+    """The config is made of the settings, and the keys are read off the tensors: it could not be read again."""
+    adapter = random_adapter(load_model(resolve_base(tiny_model("llama"))))
+    stray = adapter.with_weights(adapter.weights | {"model.other.lora_a": mx.zeros((4, 4))})
+    with pytest.raises(errors.FormatError, match=r"'model\.other\.lora_a', which is of none of its layers"):
+        ma.write_adapter(stray, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_references():
     parse = references.parse_reference
     assert parse("sql") == references.Reference("name", "sql")
