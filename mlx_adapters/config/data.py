@@ -1,5 +1,6 @@
 """How rows are read, and how conversations are rendered. Imports no MLX."""
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,13 @@ from mlx_adapters.config.settings import check, of_kind, setting, settings
 RESERVED = {"messages", "conversation", "tools", "add_generation_prompt", "continue_final_message", "tokenize"}
 RESERVED |= {"return_dict", "return_tensors", "chat_template", "padding", "truncation", "max_length"}
 RESERVED |= {"self", "return_assistant_tokens_mask", "tokenizer_kwargs"}
+
+
+def _is_json(text: str | None) -> bool:
+    try:
+        return text is not None and isinstance(json.loads(text.removeprefix("\ufeff")), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 @settings
@@ -42,6 +50,8 @@ class TemplateConfig:
         check(self)
         good = self.chat_template is None or "{" in self.chat_template
         require(good, f"chat_template is a template's text, not {shown(self.chat_template)}.", "read the file first.")
+        hint = "give the text that stands in it as 'chat_template'."
+        require(not _is_json(self.chat_template), "chat_template is JSON, such as a tokenizer's config.", hint)
         for name in self.chat_template_args:
             require(name not in RESERVED, f"The chat template's '{name}' cannot be given by an argument.")
 

@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from mlx_adapters.config.data import RESERVED
 from mlx_adapters.errors import FormatError
 from mlx_adapters.rows.messages import Message, conversation, earlier, in_rows, spelled, tools_of, turn
 from mlx_adapters.rows.preferences import OPENAI, SIDES, from_openai, two_answers
@@ -317,6 +318,8 @@ def _with_extras(
     arguments = plain(parsed(values.get(TEMPLATE_ARGUMENTS, {})))
     if not isinstance(arguments, dict):
         raise FormatError(f"{where}: '{TEMPLATE_ARGUMENTS}' must be an object, not {kind(arguments)}.")
+    if reserved := sorted(RESERVED & arguments.keys()):
+        raise FormatError(f"{where}: the chat template's '{reserved[0]}' cannot be given by '{TEMPLATE_ARGUMENTS}'.")
     used = (*used, *([name] if tools else []), *([TEMPLATE_ARGUMENTS] if arguments else []))
     return Canonical("chat", shape, used, tuple(messages), weights, tools, template_arguments=arguments)
 

@@ -137,6 +137,9 @@ def test_wrong_templates_and_arguments_are_refused(base, tmp_path):
     rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     with pytest.raises(FormatError, match="The chat template is not valid, line 1"):
         load_model(base, template=TemplateConfig(chat_template=bad.read_text()))
+    for text in ('{"chat_template": "{{ messages }}"}', "\ufeff{}"):
+        with pytest.raises(ConfigError, match="chat_template is JSON"):
+            TemplateConfig(chat_template=text)
     with pytest.raises(ConfigError, match="'tools' cannot be given by an argument"):
         TemplateConfig(chat_template_args={"tools": []})
     with pytest.raises(ConfigError, match=r"a template's text, not 'chat\.jinja'"):

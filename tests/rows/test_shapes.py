@@ -230,6 +230,10 @@ BAD = {
     "messages as Python prints them": ({"messages": PRINTED}, "'messages' holds messages as Python prints them"),
     "a prompt as Python prints it": ({"prompt": PRINTED, "completion": "y"}, "'prompt' holds messages as Python"),
     "no words at all": ({"conversations": [{"from": "human"}]}, "message 1 of 'conversations' has no 'content'"),
+    "an argument of ours": (
+        {"messages": CHAT, "chat_template_kwargs": {"add_generation_prompt": True}},
+        "the chat template's 'add_generation_prompt' cannot be given by 'chat_template_kwargs'",
+    ),
     "a turn that counts in part": (
         {"messages": [CHAT[0], {**CHAT[1], "train_detail": [{"begin_offset": 0, "end_offset": 1, "train": False}]}]},
         "message 2 has 'train_detail', and a turn is trained whole or not at all",
