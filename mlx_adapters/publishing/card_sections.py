@@ -41,6 +41,8 @@ def value_text(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(map(value_text, value))
     if isinstance(value, Mapping):
+        if list(value) == ["name"]:  # an objective without settings
+            return value_text(value["name"])
         return ", ".join(f"{key} {value_text(item)}" for key, item in value.items())
     return str(value)
 

@@ -151,6 +151,9 @@ def test_an_option_that_another_brings_says_so_and_is_refused_alone():
         ("compare a b --base demo", "--base needs --data"),
         ("benchmark base --fail-over 5%", "--fail-over needs --against"),
         ("generate hi --base demo --any-base", "--any-base needs --adapter"),
+        ("generate hi --adapter a --adapter b", "Give one --adapter"),
+        ("estimate --adapter a --adapter b", "Give one --adapter"),
+        ("fuse --check-only m --adapter a --adapter b", "Give one --adapter"),
     ],
 )
 def test_the_refusal_names_both(tmp_path, arguments, why):

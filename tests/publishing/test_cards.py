@@ -16,7 +16,7 @@ import mlx_adapters as ma
 from mlx_adapters import errors, units
 from mlx_adapters.cli import cli
 from mlx_adapters.display import notebook
-from mlx_adapters.publishing import cards, cleaning
+from mlx_adapters.publishing import card_sections, cards, cleaning
 from mlx_adapters.publishing.uploads import make_card, write_card
 
 pytest_plugins = ["helpers.hub_fixtures"]
@@ -338,3 +338,8 @@ def test_a_damaged_record_beside_a_fused_model_is_left_out_of_its_card(tiny_mode
     folder = shutil.copytree(tiny_model("llama"), tmp_path / "model")
     (folder / file).write_text(json.dumps(values))
     assert str(make_card(str(folder))).startswith("---")
+
+
+def test_settings_read_as_words():
+    told = card_sections.settings_table({"objective": {"name": "sft"}, "lora": {"rank": 8, "scale": 2.0}, "seed": None})
+    assert told.splitlines()[2:] == ["| objective | sft |", "| lora | rank 8, scale 2 |"]
