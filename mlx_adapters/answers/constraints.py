@@ -6,6 +6,7 @@ grammar keeps no other row waiting.
 
 import functools
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,14 +34,19 @@ class Grammar:
 
 
 class Constraint:
-    """The state of one answer under a grammar."""
+    """The state of one answer under a grammar. What has to come yet is not ended by one of `ends`, the model's EOS."""
 
-    def __init__(self, matcher: Any, grammar: Grammar, words: int) -> None:
+    def __init__(self, matcher: Any, grammar: Grammar, words: int, ends: Iterable[int]) -> None:
         self._fresh, self._matcher, self._grammar = matcher, matcher.deep_copy(), grammar
         self._waits = bool(grammar.after) and grammar.unless is None
         self._first = True
         self._tail: tuple[int, ...] = ()
         self._words = np.zeros((1, words), np.int32)
+        self._before: np.ndarray | None = None  # what may be written before it begins
+        if grammar.after and not grammar.repeats:
+            self._before = np.full(words, 0xFFFFFFFF, np.uint32)
+            for token in {token for token in ends if token < 32 * words} - set(grammar.after):
+                self._before[token // 32] &= ~np.uint32(1 << (token % 32))
         self.ended = False
 
     def mask(self) -> np.ndarray | None:
@@ -49,7 +55,7 @@ class Constraint:
         Raises ModelError when the grammar has become too large to go on with.
         """
         if self._waits:
-            return None
+            return self._before
         llguidance().numpy.fill_next_token_bitmask(self._matcher, self._words)
         if self._matcher.is_error():
             raise ModelError(
@@ -99,7 +105,7 @@ class Grammars:
         """The grammar at its beginning. Raises ConfigError if it is none, or the tokenizer's kind allows none."""
         with self._lock:
             matcher = self._compile(grammar.text)
-        return Constraint(matcher, grammar, (self._tokens.vocab_size + 31) // 32)
+        return Constraint(matcher, grammar, (self._tokens.vocab_size + 31) // 32, self._ends)
 
     def allows(self, grammar: Grammar) -> bool:
         """Whether the grammar can be used."""
@@ -121,11 +127,15 @@ class Grammars:
         added = self._tokenizer.get_added_vocab()
         return {text: token for text, token in added.items() if self._tokens.is_special_token(token)}
 
+    @property
+    def _ends(self) -> list[int]:
+        return sorted(map(int, self._tokenizer.eos_token_ids))
+
     @functools.cached_property
     def _tokens(self) -> Any:
         made = llguidance().hf.from_tokenizer
-        inner, ends = self._tokenizer._tokenizer, sorted(map(int, self._tokenizer.eos_token_ids))
+        inner = self._tokenizer._tokenizer
         try:
-            return made(inner, n_vocab=max(self._vocabulary, len(inner)), eos_token=ends)
+            return made(inner, n_vocab=max(self._vocabulary, len(inner)), eos_token=self._ends)
         except Exception as error:  # a tokenizer of another kind than Rust's
             raise ConfigError(f"This model's tokenizer allows no grammar: {str(error)[:200]}") from None

@@ -64,6 +64,10 @@ class Offsets:
 
     def add(self, token: int) -> int:
         """Where it begins."""
-        at, spelled = self.at, self._texts.spelled(token)
-        self.at += len(self._decoder.decode(self._texts.text(token).encode() if spelled is None else spelled))
+        spelled = self._texts.spelled(token)
+        written = self._texts.text(token).encode() if spelled is None else spelled
+        if self._decoder.getstate()[0] and written and not 0x80 <= written[0] < 0xC0:  # a character that stays broken
+            self.at += len(self._decoder.decode(b"", final=True))
+        at = self.at
+        self.at += len(self._decoder.decode(written))
         return at

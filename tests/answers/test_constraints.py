@@ -69,8 +69,9 @@ def test_a_grammar_begins_after_the_reasoning():
     assert first[think] and first[encode("1")[0]] and not first[encode("a")[0]]
     free.accept(think)
     for one in (within, free):
-        for token in encode("What?"):
-            assert one.mask() is None
+        for token in encode("What?"):  # it does not end before what must come has come
+            before = np.unpackbits(one.mask().view(np.uint8), bitorder="little")
+            assert sorted(np.nonzero(before == 0)[0]) == sorted(tokenizer.eos_token_ids) != []
             one.accept(token)
         one.accept(end)
         assert one.mask() is not None and not one.ended

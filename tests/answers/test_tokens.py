@@ -36,6 +36,16 @@ def test_tokens_begin_where_their_text_does(kind):
         else:
             assert TEXT[at] in "ü€😀"
     assert offsets.at == len(TEXT)
+    first = next(token for token in ids if texts.spelled(token)[:1] == b"\xe2")  # of €, whose rest does not follow
+    sunny = tokenizer.encode(" sunny", add_special_tokens=False)[-1]
+    broken = Offsets(texts)
+    assert [broken.add(token) for token in (first, sunny, first, first, sunny)] == [
+        0,
+        1,
+        1 + (n := len(texts.text(sunny))),
+        2 + n,
+        3 + n,
+    ]
 
 
 def test_a_token_that_is_none_of_the_tokenizers_says_nothing():

@@ -125,6 +125,17 @@ def test_reasoning_is_told_and_streamed_apart_and_a_grammar_waits_for_its_end(tm
         assert 1 <= answer.usage.completion_tokens_details.reasoning_tokens < answer.usage.completion_tokens
         closed = answer.choices[0].message
         assert set(json.loads(closed.content)) == {"name", "old"}
+        ends = {str(token): 9 for token in chat_tokenizer("qwen3_thinking").eos_token_ids} | {next(iter(close)): 4}
+        assert ask(logit_bias=ends, temperature=1, seed=1).choices[0].finish_reason == "stop"
+        for seed in range(3):  # what must come is not left out because the model ends while it thinks
+            early = dict(logit_bias=ends, temperature=1, max_tokens=400, seed=seed)
+            assert set(json.loads(ask(response_format=FORMAT, **early).choices[0].message.content)) == {"name", "old"}
+            (call,) = (
+                ask(tools=[LOOK], tool_choice="required", parallel_tool_calls=False, **early)
+                .choices[0]
+                .message.tool_calls
+            )
+            assert set(json.loads(call.function.arguments)) == {"name", "old"}
         called = ask(tools=[LOOK], tool_choice="required", logit_bias=close, max_tokens=300, parallel_tool_calls=False)
         assert called.choices[0].finish_reason == "tool_calls"
 
