@@ -23,9 +23,9 @@ from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.models.base import Base, BaseLike, Named, Trained, says_tied
 from mlx_adapters.models.layers import adaptable_layers, tied
 from mlx_adapters.models.loading import load_module
-from mlx_adapters.peft_format.conversion import convert, own_template, prepared, without_copies
+from mlx_adapters.peft_format.conversion import convert, own_template, prepared
 from mlx_adapters.peft_format.reading import PeftAdapter, read_peft, refuse_unsaved
-from mlx_adapters.peft_format.to_mlx import needs_untying
+from mlx_adapters.peft_format.to_mlx import needs_untying, without_copies
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.sources.lookup import peft_folder, spelled
 from mlx_adapters.storage import paths, replacing

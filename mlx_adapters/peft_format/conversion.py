@@ -6,7 +6,6 @@ from itertools import takewhile
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 
 from mlx_adapters.checkpoints.originals import layout_of
 from mlx_adapters.checkpoints.places import OWN_BASE, Places
@@ -16,10 +15,10 @@ from mlx_adapters.events import Note, OnEvent, log_warnings
 from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.models.base import Base
 from mlx_adapters.models.dense import dense_weight, is_quantized, weight_shape
-from mlx_adapters.models.layers import adaptable_layers, check_fits, loads_in_mlx_lm, nn, tied
+from mlx_adapters.models.layers import adaptable_layers, check_fits, loads_in_mlx_lm, nn
 from mlx_adapters.models.loading import load_module
 from mlx_adapters.peft_format.reading import WHOLE, PeftAdapter, PeftModule, refuse_whole
-from mlx_adapters.peft_format.to_mlx import Converted, to_mlx
+from mlx_adapters.peft_format.to_mlx import Converted, to_mlx, without_copies
 from mlx_adapters.storage import hf_names, tensor_names
 from mlx_adapters.storage.tensor_names import BIAS, WEIGHT
 from mlx_adapters.system.templates import template_in
@@ -207,35 +206,6 @@ def _other_parts(peft: PeftAdapter, places: Places) -> dict[str, list[str]]:
             return {}
         parts.setdefault(".".join(steps[: shared + 1]), []).append(name)
     return parts
-
-
-def without_copies(peft: PeftAdapter, module: Any, layout: Layout) -> PeftAdapter:
-    """The adapter without whole tensors that its config does not name and that are the base's own, to the last bit that
-    both have: a state that was saved whole, the ends of a resized vocabulary."""
-    layers, parameters = adaptable_layers(module), dict(tree_flatten(module.parameters()))
-    places, both = Places(layers, layout), tied(layers)
-
-    def own(name: str, array: mx.array) -> bool:
-        path, leaf = tensor_names.split(name)
-        if leaf == WEIGHT and hf_names.is_head(path) and both:
-            name = next((tensor_names.join(key, leaf) for key in layers if hf_names.is_embedding(key)), name)
-        pieces = places.tensor(name)
-        if any(is_quantized(layers[key]) for key in (tensor_names.split(p.target)[0] for p in pieces) if key in layers):
-            return False
-        return bool(pieces) and all(
-            _same(piece.apply(array), parameters[piece.target], piece.index) for piece in pieces
-        )
-
-    same = {name for name, array in peft.unnamed.items() if own(name, array)}
-    return replace(peft, dense={name: array for name, array in peft.dense.items() if name not in same})
-
-
-def _same(copy: mx.array, weight: mx.array, index: int | None) -> bool:
-    weight = weight[: copy.shape[0]] if index is None else weight[index]  # a smaller vocabulary has fewer rows
-    if copy.shape != weight.shape:
-        return False
-    narrow = copy.dtype if copy.dtype.size < weight.dtype.size else weight.dtype
-    return bool(mx.array_equal(copy.astype(narrow), weight.astype(narrow)))
 
 
 def _with_all_tokens(peft: PeftAdapter, layers: Mapping[str, nn.Module], base: str, resize: bool) -> PeftAdapter:

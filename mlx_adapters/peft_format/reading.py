@@ -29,6 +29,7 @@ from mlx_adapters.storage.hf_names import (
     POSITIONS,
     TOKEN_ROWS,
     TRAINED,
+    is_embedding,
 )
 from mlx_adapters.storage.tensor_names import CONFIG_FILE, WEIGHT
 
@@ -88,6 +89,8 @@ class PeftAdapter:
     def unnamed(self) -> dict[str, mx.array]:
         """Whole tensors that the config does not speak of: the base's, mostly, saved with the rest."""
         saved, biases = self.settings.modules_to_save, self.settings.raw.get("bias") in (None, "none")
+        if self.settings.tying and any(map(is_embedding, saved)):
+            saved += HEADS
         return {
             name: array
             for name, array in self.dense.items()

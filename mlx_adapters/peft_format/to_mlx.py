@@ -5,12 +5,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
 from mlx_adapters.checkpoints.places import OWN_BASE, Fold, Places, WeightFactors, through
 from mlx_adapters.checkpoints.probing import Layout, Piece
 from mlx_adapters.errors import FormatError, IncompatibleError
 from mlx_adapters.models.adapter import Adapter
-from mlx_adapters.models.layers import EMBEDDING, SWITCH, nn, tied
+from mlx_adapters.models.dense import dense_weight, is_quantized
+from mlx_adapters.models.layers import EMBEDDING, SWITCH, adaptable_layers, nn, tied
 from mlx_adapters.models.metadata import AdapterConfig
 from mlx_adapters.peft_format.reading import AGAIN, WHOLE, PeftAdapter, PeftModule
 from mlx_adapters.peft_format.settings import FUSE_HINT
@@ -31,6 +33,7 @@ from mlx_adapters.storage.hf_names import (
 from mlx_adapters.storage.tensor_names import LORA_A, LORA_B, MAGNITUDE, WEIGHT, split
 
 FUSED, PER_EXPERT = "fused", "per-expert"
+UNRELATED = 0.9  # how far, relatively, no training and no rounding takes a weight
 TIE_HINT = (
     "'mlx-adapters fuse --from-peft' writes a model with two matrices, exactly; 'import-peft --tie' takes the update "
     "at both ends, as PEFT does after merge_and_unload."
@@ -233,3 +236,50 @@ def needs_untying(peft: PeftAdapter, layers: Mapping[str, nn.Module]) -> bool:
     alike = alike or (peft.settings.tying and not any(is_head(split(name)[0]) for name in ends))
     rows = tied(layers) and any(is_head(path) for path in peft.token_rows)
     return bool(one_ended(peft, layers)) or (bool(ends) and not alike) or rows
+
+
+# -- weights that were saved along ------------------------------------------------------------------
+
+
+def without_copies(peft: PeftAdapter, module: Any, layout: Layout) -> PeftAdapter:
+    """The adapter without whole tensors that its config does not name and that are the base's own, to the last bit that
+    both have: a state that was saved whole, the ends of a resized vocabulary.
+
+    Raises IncompatibleError where one has nothing to do with the base's: it is of another base.
+    """
+    layers, parameters = adaptable_layers(module), dict(tree_flatten(module.parameters()))
+    places, both = Places(layers, layout), tied(layers)
+
+    def own(name: str, array: mx.array) -> bool:
+        path, leaf = split(name)
+        if leaf == WEIGHT and is_head(path) and both:
+            name = next((tensor_names.join(key, leaf) for key in layers if hf_names.is_embedding(key)), name)
+        pieces = places.tensor(name)
+        keys = [split(piece.target)[0] for piece in pieces]
+        packed = any(is_quantized(layers[key]) for key in keys if key in layers)
+        same = bool(pieces) and not packed
+        for piece, key in zip(pieces, keys, strict=True):
+            weight = dense_weight(layers[key], mx.float32) if packed else parameters[piece.target]
+            weight, copy = weight if piece.index is None else weight[piece.index], piece.apply(array)
+            rows = min(copy.shape[0], weight.shape[0]) if copy.shape[1:] == weight.shape[1:] else 0
+            same = same and copy.shape[0] == rows and bool(_equal(copy, weight[:rows]))
+            matrix = rows > 0 and copy.ndim > 1  # vectors may be trained from nothing
+            if matrix and not same and _distance(copy[:rows], weight[:rows]) > UNRELATED:
+                raise IncompatibleError(
+                    f"'{path}', saved with the PEFT adapter, is of another base than this.", OWN_BASE
+                )
+        return same
+
+    same = {name for name, array in peft.unnamed.items() if own(name, array)}
+    return replace(peft, dense={name: array for name, array in peft.dense.items() if name not in same})
+
+
+def _equal(copy: mx.array, weight: mx.array) -> mx.array:
+    narrow = copy.dtype if copy.dtype.size < weight.dtype.size else weight.dtype
+    return mx.array_equal(copy.astype(narrow), weight.astype(narrow))
+
+
+def _distance(copy: mx.array, weight: mx.array) -> float:
+    """How far two matrices lie from each other, relative to the first: about 1.4 for two that are unrelated."""
+    copy = copy.astype(mx.float32)
+    return mx.sqrt(mx.square(weight.astype(mx.float32) - copy).sum() / mx.square(copy).sum()).item()

@@ -4,12 +4,15 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from helpers.adapters import make_adapter
 from helpers.peft import FIXTURES, base_of
 
+from mlx_adapters.adapters.peft_export import export_peft
 from mlx_adapters.adapters.peft_import import import_peft
 from mlx_adapters.config.fusing import FuseOptions
 from mlx_adapters.errors import AdapterError, FormatError, IncompatibleError
 from mlx_adapters.fusion.peft import fuse_peft
+from mlx_adapters.models.dense import dense_weight
 from mlx_adapters.models.loading import load_model
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.storage import files, tensor_files
@@ -129,6 +132,26 @@ def test_a_whole_weight_beside_its_own_update_is_the_bases(tmp_path):
     folder = changed(case, tmp_path / "other", lambda tensors: with_copies(tensors, 1.5))
     with pytest.raises(IncompatibleError, match="differs from the copy in the PEFT adapter"):
         import_peft(folder, base=base, name="other")
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("rows", [0, 3])
+def test_an_end_of_another_base_saved_along_is_told(tiny_model, rows, bits, tmp_path):
+    """`save_embedding_layers` saves the base's own; one that is trained lies near it."""
+    base, folder = tiny_model("llama", bits=bits), tmp_path / "peft"
+    export_peft(make_adapter(base), folder, base=base)
+    tensors = dict(mx.load(str(folder / WEIGHTS)))
+    mx.eval(tensors)
+    own = dense_weight(load_model(resolve_base(base)).module.model.embed_tokens, mx.float32)
+    more, options = mx.random.normal((rows, own.shape[1])), {"base": base, "options": QUIET, "resize": rows > 0}
+    for name, end in {"near": own * 1.05, "far": own[::-1]}.items():
+        saved = {f"{PREFIX}model.embed_tokens.weight": mx.concatenate([end, more])}
+        tensor_files.write_safetensors(folder / WEIGHTS, tensors | saved)
+        if name == "near":
+            fuse_peft(folder, tmp_path / name, **options)
+        else:
+            with pytest.raises(IncompatibleError, match=r"'model\.embed_tokens', saved with .* of another base"):
+                fuse_peft(folder, tmp_path / name, **options)
 
 
 def test_a_module_that_is_trained_whole_has_no_update(tmp_path):
