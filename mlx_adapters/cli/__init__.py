@@ -7,6 +7,7 @@ import importlib
 import os
 import sys
 import warnings
+from collections import Counter
 from typing import Any
 
 import click
@@ -64,7 +65,7 @@ class LazyGroup(click.Group):
         command = args[0] if args else ""
         ctx.with_resource(_output.never_silent(command))
         try:
-            return super().resolve_command(ctx, args)
+            resolved = super().resolve_command(ctx, args)
         except click.UsageError as error:
             from mlx_adapters.cli._habits import PROGRAMS
             from mlx_adapters.errors import did_you_mean
@@ -72,6 +73,25 @@ class LazyGroup(click.Group):
             known = PROGRAMS.get(args[0].removeprefix("mlx_lm.")) if args else None
             hint = f"did you mean '{known}'?" if known else did_you_mean(args[0], COMMANDS) if args else None
             raise click.UsageError(error.message + (f" {hint[0].upper()}{hint[1:]}" if hint else ""), ctx) from None
+        if resolved[1] is not None and not ctx.resilient_parsing:
+            _tell_dropped(resolved[1], ctx, resolved[2])
+        return resolved
+
+
+def _tell_dropped(command: click.Command, parent: click.Context, args: list[str]) -> None:
+    """Warn of options that name something, data or an adapter, and are given twice: click takes the last. That numbers,
+    choices and flags are said again is usual."""
+    context = click.Context(command, parent=parent, info_name=command.name)
+    try:
+        _, rest, order = command.make_parser(context).parse_args(list(args))
+    except click.UsageError:  # it is told when it is parsed for good
+        return
+    for option, times in Counter(p for p in order if isinstance(p, click.Option)).items():
+        again = option.multiple or option.is_flag or option.type.name.startswith(("integer", "float", "choice"))
+        if times > 1 and not again:
+            _output.warn(f"{option.opts[0]} is given {times} times, and takes one: the last.")
+    if isinstance(command, click.Group) and rest and (inner := command.get_command(context, rest[0])):
+        _tell_dropped(inner, context, rest[1:])
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

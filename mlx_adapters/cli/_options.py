@@ -93,16 +93,7 @@ name_template_option = click.option(
     help='Make the name of fields, e.g. "{task}_{version}_{date}"; --name is the task.',
 )
 
-
-def _one_adapter(ctx: click.Context, param: click.Parameter, given: tuple[str, ...]) -> str | None:
-    """The adapter; where several are given, none may be dropped in silence, as click drops all but the last."""
-    if len(set(given)) > 1:
-        raise click.UsageError("Give one --adapter; 'mlx-adapters merge' makes one of several.")
-    return given[-1] if given else None
-
-
-ONE_ADAPTER: Any = {"type": REFERENCE, "metavar": "REF", "multiple": True, "callback": _one_adapter}
-adapter_option = click.option("--adapter", **ONE_ADAPTER, help="The adapter to use.")
+adapter_option = click.option("--adapter", type=REFERENCE, metavar="REF", help="The adapter to use.")
 base_option = click.option("--base", metavar="BASE", help="Base model: demo, a folder or a Hub id [the adapter's own].")
 any_base_option = option(EvaluationConfig, "any_base")
 dtype_option = option(EvaluationConfig, "dtype")

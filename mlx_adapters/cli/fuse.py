@@ -8,8 +8,8 @@ import click
 from mlx_adapters.cli import _output
 from mlx_adapters.cli._help import LongCommand
 from mlx_adapters.cli._options import (
-    ONE_ADAPTER,
     OUTPUT_FILE,
+    REFERENCE,
     Reads,
     any_base_option,
     base_option,
@@ -72,7 +72,7 @@ if TYPE_CHECKING:
 @click.option("--continue", "resume", is_flag=True, help="Go on with this fuse where it was stopped after a minute.")
 @click.option("--again", metavar="RECIPE", help="Repeat the fuse of a recipe, to the byte.")
 @click.option("--check-only", metavar="MODEL", help="Write nothing; check a model that was fused before.")
-@click.option("--adapter", **ONE_ADAPTER, help="The adapter, with --check-only.")
+@click.option("--adapter", type=REFERENCE, metavar="REF", help="The adapter, with --check-only.")
 @click.option("--html", type=OUTPUT_FILE, help="Write the report as a page: what was lost, and where the bits are.")
 @base_option
 @any_base_option

@@ -151,9 +151,6 @@ def test_an_option_that_another_brings_says_so_and_is_refused_alone():
         ("compare a b --base demo", "--base needs --data"),
         ("benchmark base --fail-over 5%", "--fail-over needs --against"),
         ("generate hi --base demo --any-base", "--any-base needs --adapter"),
-        ("generate hi --adapter a --adapter b", "Give one --adapter"),
-        ("estimate --adapter a --adapter b", "Give one --adapter"),
-        ("fuse --check-only m --adapter a --adapter b", "Give one --adapter"),
     ],
 )
 def test_the_refusal_names_both(tmp_path, arguments, why):
@@ -161,6 +158,24 @@ def test_the_refusal_names_both(tmp_path, arguments, why):
     words = [str(tmp_path / word) if word == "FILE" else word for word in arguments.split()]
     ended = CliRunner().invoke(cli, words)
     assert ended.exit_code == 2 and why in ended.output, ended.output
+
+
+@pytest.mark.parametrize(
+    "line, told",
+    [
+        ("generate hi --adapter a --adapter b", "--adapter is given 2 times"),
+        ("train demo --data a --data b --name n", "--data is given 2 times"),
+        ("fuse a out --calibration a --calibration b", "--calibration is given 2 times"),
+        ("data check a --base b --base c --base d", "--base is given 3 times"),
+        ("train demo --target-modules q_proj --target-modules v_proj", "--target-modules is given 2 times"),
+        ("train demo --rank 4 --rank 8 --type lora --type dora --packing --no-packing --seed 1", ""),
+        ("chat --adapter a --adapter b --base nowhere", ""),
+    ],
+)
+def test_what_is_named_twice_and_counts_once_is_told(line, told):
+    """Numbers, choices and flags are said again where a script adds to its defaults."""
+    output = CliRunner().invoke(cli, line.split()).output
+    assert (f"Warning: {told}, and takes one: the last.\n" in output) if told else "times" not in output
 
 
 @pytest.mark.parametrize("line", ["chat --base nowhere", "generate --base nowhere hello", "ab nowhere.txt base sql"])
