@@ -157,7 +157,8 @@ def _preference(values: Values, where: str) -> Canonical | None:
         sides = [{**extras, "prompt": prompt, "completion": answer} for answer in answers]
         chosen = _pair(sides[0], "prompt", "completion", where)
     shape = "preferences" if asking in ((), ("prompt",)) else f"preferences ({', '.join(map(repr, asking))})"
-    return replace(chosen, shape=shape, used=(*asking, *SIDES, *extras), rejected=sides[1])
+    used = (*asking, *SIDES, *(name for name in extras if name in chosen.used))
+    return replace(chosen, shape=shape, used=used, rejected=sides[1])
 
 
 def _openai_preference(values: Values, where: str) -> Canonical | None:

@@ -213,3 +213,8 @@ def test_columns_that_belong_to_a_conversation_and_are_not_used_are_told():
         )
     for empty in (None, "", [], float("nan")):
         assert read_data([{**pair, "reasoning": empty}]).notes == ()
+    asked = [{"role": role, "content": role} for role in ("system", "user")]
+    sides = {name: [*asked, {"role": "assistant", "content": name}] for name in ("chosen", "rejected")}
+    for values in ({"system": "s", **sides}, {"system": "s", "chosen": "a", "rejected": "b"}):  # one has its own
+        assert read_data([values]).notes == ("Rows of train are read as preferences; not used: 'system'.",)
+    assert read_data([{"system": "s", "prompt": "p", "chosen": "a", "rejected": "b"}]).notes == ()
