@@ -6,6 +6,7 @@ conversations are written by other code than a jinja template has its turns foun
 (`data.rerendering`).
 """
 
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -273,7 +274,11 @@ def _missing(told: Conversation, leaf: Leaf) -> Iterator[str]:
         if leaf.text.strip() and leaf.text.strip() not in told.encoded.text:
             yield leaf.text.strip()
         return
-    runs = [run for run in written.rendering.runs if run.leaf.message == leaf.message and run.leaf.text == leaf.text]
+    of_message = [run for run in written.rendering.runs if run.leaf.message == leaf.message]
+    runs = [run for run in of_message if run.leaf.text == leaf.text]
+    region = written.regions.get(leaf.message, (0, len(written.rendering.text) if of_message else 0))
+    if _is_later_call(told.messages[leaf.message], leaf, written.rendering.text[slice(*region)]):
+        yield leaf.text
     if any(run.offset is None for run in runs):
         return
     covered = sorted(((run.offset or 0), (run.offset or 0) + run.stop - run.start) for run in runs)
@@ -282,9 +287,23 @@ def _missing(told: Conversation, leaf: Leaf) -> Iterator[str]:
         gaps.append(leaf.text[here:start].strip())
         here = max(here, stop)
     if any(gaps):
-        everywhere = (0, len(written.rendering.text)) if runs else (0, 0)
-        anew = _template_text(written.rendering, *written.regions.get(leaf.message, everywhere))
-        yield from (gap for gap in gaps if gap and gap not in anew)
+        anew = _template_text(written.rendering, *region)
+        # What was made of several texts (arguments as JSON) is told to come from the first of them.
+        made = [written.rendering.text[run.start : run.stop] for run in of_message if run.offset is None]
+        yield from (gap for gap in gaps if gap and gap not in anew and not _stands_in(gap, made))
+
+
+def _is_later_call(message: Mapping[str, Any], leaf: Leaf, text: str) -> bool:
+    """Whether it is the name of a call that a message's text does not hold as often as calls up to this one do."""
+    if leaf.path[0] != "tool_calls" or leaf.path[2:] != ("function", "name"):
+        return False
+    names = [call["function"]["name"] for call in message["tool_calls"][: int(leaf.path[1]) + 1]]
+    return 1 < names.count(leaf.text) > text.count(leaf.text) > 0
+
+
+def _stands_in(text: str, made: Iterable[str]) -> bool:
+    forms = {text, *(json.dumps(text, ensure_ascii=ascii)[1:-1] for ascii in (False, True))}
+    return any(form in one for form in forms for one in made)
 
 
 def _template_text(rendering: Rendering, start: int = 0, stop: int | None = None) -> str:

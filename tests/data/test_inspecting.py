@@ -21,6 +21,12 @@ CALL = {"type": "function", "function": {"name": "get_weather", "arguments": {"c
 THOUGHT = "<think>\nI add.\n</think>\n\nIt is 4."
 
 
+ADD = [{"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": number}}} for number in (2, 3)]
+LOOK = {"function": {"name": "look", "arguments": {"city": "Oslo", "days": ["Mon", 'T"ue\n'], "more": {"unit": "é"}}}}
+CALLERS = ("qwen2", "qwen3", "llama3", "mistral", "r1", "harmony", "glm", "apertus", "gemma4")
+ADD_LEFT_OUT = ("assistant", "tool_calls", "add")  # the second, of which no other text is the message's own
+
+
 def chat(*turns: str | dict, **values) -> RawRow:
     """User and assistant in turns; dicts stand for themselves."""
     roles = ("user", "assistant")
@@ -73,6 +79,10 @@ def left_out(family: str, raw: RawRow, template=None) -> list[tuple]:
             [(2, "assistant", "tool_calls", "get_weather"), (2, "assistant", "tool_calls", "Paris")],
         ),
         ("harmony", chat("a", {"role": "assistant", "content": "b", "reasoning_content": "why"}), []),
+        ("harmony", chat("a", {"role": "assistant", "content": None, "tool_calls": ADD}), [(2, *ADD_LEFT_OUT)]),
+        *((family, chat("a", {"role": "assistant", "content": None, "tool_calls": [LOOK]}), []) for family in CALLERS),
+        ("mistral", chat("a", {"role": "assistant", "content": None, "tool_calls": ADD}), []),
+        ("qwen3", chat("a", {"role": "assistant", "content": None, "tool_calls": ADD}), []),
     ],
 )
 def test_text_that_never_reaches_the_model_is_named(family, raw, missing):
