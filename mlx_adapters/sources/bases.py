@@ -28,7 +28,7 @@ from mlx_adapters.models.metadata import base_of, read_metadata
 from mlx_adapters.sources import hub
 from mlx_adapters.sources.demo_base import DEMO_BASE, demo_base_folder
 from mlx_adapters.sources.lookup import iteration_of, place_of_full, spelled
-from mlx_adapters.sources.references import NAME, Reference, hub_id
+from mlx_adapters.sources.references import NAME, Reference, hub_id, of_page
 from mlx_adapters.sources.registry import adapter_folder
 from mlx_adapters.sources.snapshots import model_snapshot
 from mlx_adapters.storage import files, paths, tensor_files
@@ -165,6 +165,8 @@ def _hint(text: str, folder: Path) -> str | None:
         if (place / CONFIG_FILE).is_file():
             of = base_of(read_metadata(place)).get("name")
             return f"it is an adapter{f' of {of!r}' if of else ''}: name it with --adapter."
+    if page := of_page(text):
+        return f"write '{page}' for the repository of that page."
     general = "a model is 'demo', a folder with config.json, or a Hub id such as 'mlx-community/Qwen3-0.6B-4bit'."
     ids = [entry["id"] for entry in to_begin_with()] + [f"{user}/{name}" for user, name in hub.cached_repositories()]
     if whole := sorted({one for one in ids if one.rpartition("/")[2].lower().startswith(text.lower())}):

@@ -19,6 +19,10 @@ ITERATION = re.compile(r"[0-9]{1,18}|best|last")
 CHECKPOINT = re.compile(rf"(.+)@({ITERATION.pattern})")
 HUB = re.compile(r"([A-Za-z0-9][\w.-]*/\w[\w.-]*)((?:/\w[\w.-]*)*)(?:@([\w./-]+))?")
 
+PAGE = re.compile(
+    r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)(?:/(?:tree|blob|resolve)/([\w.-]+))?.*"
+)
+
 
 @dataclass(frozen=True, repr=False)
 class Reference:
@@ -73,6 +77,12 @@ def check_name(name: str) -> str:
     return name
 
 
+def of_page(text: str) -> str | None:
+    """How the repository is spelled whose page on the Hub has this address; None for another text."""
+    match = PAGE.fullmatch(text)
+    return match and match[1] + (f"@{match[2]}" if match[2] not in (None, "main") else "")
+
+
 def hub_id(text: str) -> tuple[str, str | None] | None:
     """(repository, revision) that `user/repo[@revision]` means; None for another spelling."""
     match = HUB.fullmatch(text)
@@ -91,7 +101,9 @@ def parse_reference(text: str) -> Reference:
     if hub := HUB.fullmatch(text):
         return Reference("hub", hub[1], revision=hub[3], subfolder=hub[2].strip("/") or None)
     if "/" in text:
+        page = of_page(text)
         hint = "'mlx-adapters list' shows the names; a repository of the Hub is 'user/repo'."
+        hint = f"write '{page}' for the repository of that page." if page else hint
         raise ConfigError(f"There is no folder '{text}', and no name and no repository is spelled so.", hint)
     name, at, iteration = text.partition("@")
     if at and not ITERATION.fullmatch(iteration):

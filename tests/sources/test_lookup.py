@@ -43,6 +43,22 @@ def test_a_folder_that_is_called_like_a_checkpoint_is_none(tiny_model):
     assert load_adapter("sql@last").iteration == 300
 
 
+@pytest.mark.parametrize(
+    ("page", "repo"),
+    [
+        ("https://huggingface.co/org/Model-1.5", "org/Model-1.5"),
+        ("https://huggingface.co/org/m/tree/main", "org/m"),
+        ("http://www.hf.co/org/m/blob/v1/config.json", "org/m@v1"),
+        ("https://huggingface.co/org/m?library=mlx", "org/m"),
+    ],
+)
+def test_the_address_of_a_page_is_told_as_its_repository(page, repo):
+    for ask in (bases.resolve_base, load_adapter):
+        with pytest.raises((ConfigError, NotFoundError)) as caught:
+            ask(page)
+        assert f"write '{repo}'" in caught.value.hint
+
+
 def test_a_folder_wins_over_the_hub_and_that_is_said(tiny_model, tmp_path, monkeypatch, caplog):
     write_adapter(make_adapter(tiny_model("llama")), tmp_path / "out" / "sql")
     (tmp_path / "out" / "model").symlink_to(tiny_model("llama"))
