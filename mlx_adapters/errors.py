@@ -138,6 +138,10 @@ class StorageError(AdapterError):
     """The disk refused: full, read-only or no permission."""
 
 
+class OutputLostError(StorageError):
+    """Standard output cannot be written: whatever is still to say, nobody hears it."""
+
+
 class HubError(AdapterError):
     """Upload, download or authentication failed."""
 

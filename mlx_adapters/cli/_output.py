@@ -27,7 +27,7 @@ from mlx_adapters.cli._places import place as place
 from mlx_adapters.cli._places import word as word
 from mlx_adapters.display.screen import facts_as_text, pace, prose
 from mlx_adapters.display.screen import middle_out as middle_out
-from mlx_adapters.errors import StorageError
+from mlx_adapters.errors import OutputLostError
 from mlx_adapters.events import Event, Note, Progress
 from mlx_adapters.units import columns as text_columns
 from mlx_adapters.units import cut, format_table
@@ -102,14 +102,14 @@ def discard() -> None:
 
 @contextlib.contextmanager
 def _data() -> Iterator[None]:
-    """Around what writes data: a reader that went away stays BrokenPipeError, any other refusal is StorageError."""
+    """Around what writes data: a reader that went away stays BrokenPipeError, any other refusal is OutputLostError."""
     try:
         yield
     except BrokenPipeError:
         raise
     except (OSError, ValueError) as error:
         why = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
-        raise StorageError(f"Standard output cannot be written: {why}.") from None
+        raise OutputLostError(f"Standard output cannot be written: {why}.") from None
 
 
 def printable(text: str, line: bool = False) -> str:

@@ -31,7 +31,7 @@ from mlx_adapters.config.data import TemplateConfig
 from mlx_adapters.config.mapping import require
 from mlx_adapters.config.quantization import CacheQuantization
 from mlx_adapters.config.sampling import Drafting
-from mlx_adapters.errors import AdapterError
+from mlx_adapters.errors import AdapterError, OutputLostError
 from mlx_adapters.system.interrupt import Terminated
 
 if TYPE_CHECKING:
@@ -116,6 +116,8 @@ def _talk(chat: "Chat", any_base: bool, sampling: dict[str, Any]) -> None:
                 compared = None
             elif line:
                 _answer(chat, line, sampling)
+        except OutputLostError:
+            raise
         except AdapterError as error:
             _output.error(error.message, error.hint)
         except KeyboardInterrupt as stop:  # lets go of the line, or of the answer

@@ -180,10 +180,10 @@ def read_template_arguments(fields: Fields) -> dict[str, Any]:
     if effort is not None and effort not in EFFORTS:
         called = fields.name("reasoning_effort")
         raise ApiError(400, f"'{called}' must be one of {', '.join(EFFORTS)}.", param=called)
-    if thinking is not None:
-        arguments.setdefault("enable_thinking", thinking)
-    if effort is not None:  # templates of either kind: those with levels, and those that think or do not
-        arguments.setdefault("reasoning_effort", effort)
-        if effort == "none":
-            arguments.setdefault("enable_thinking", False)
+    for name, value in (("enable_thinking", thinking), ("reasoning_effort", effort)):
+        if value is not None and arguments.setdefault(name, value) != value:
+            called = fields.name(name)
+            raise ApiError(400, f"'{called}' and 'chat_template_kwargs.{name}' are not the same.", param=called)
+    if effort == "none":  # templates of either kind: those with levels, and those that think or do not
+        arguments.setdefault("enable_thinking", False)
     return arguments

@@ -130,7 +130,7 @@ class Fields:
     ) -> Any:
         """A field of this kind within these bounds; `default` if it is empty or not given. Raises ApiError 400."""
         value, called = self.value(name), self.name(name)
-        if value is None or (value in EMPTY and not isinstance(value, kind)):
+        if value in EMPTY:
             return default
         wrong = not isinstance(value, (int, float) if kind is float else kind)
         if wrong or (isinstance(value, bool) and kind is not bool):

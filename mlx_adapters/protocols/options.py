@@ -55,6 +55,8 @@ def read_options(fields: Fields, chat: bool, vocabulary: int) -> Asked:
     echo = False if chat else fields.take("echo", bool, False)
     limit = fields.take("max_completion_tokens", int, None, 1)
     most = fields.take("max_tokens", int, None, 0 if echo else 1)
+    if None not in (limit, most) and limit != most:
+        raise ApiError(400, "'max_tokens' and 'max_completion_tokens' are not the same.", param="max_tokens")
     sampling = read_sampling(fields, vocabulary)
     if limit is None and most == 0 and sampling.min_tokens:
         raise ApiError(400, f"'min_tokens' is {sampling.min_tokens}, and 0 may be written.", param="min_tokens")

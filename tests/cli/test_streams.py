@@ -50,6 +50,8 @@ def test_a_full_output_is_an_error_of_one_sentence(adapters):
             1,
             "Error: Standard output cannot be written: No space left on device.\n",
         )
+    ended = shell(">/dev/full", "chat", "--adapter", "sql", "--max-tokens", "2", input="One?\nTwo?\nThree?\n")
+    assert ended.returncode == 1 and ended.stderr.count("Standard output cannot be written") == 1
     ended = shell(">/dev/full", "--help")
     assert (ended.returncode, ended.stderr) == (1, "Error: The system refused: No space left on device.\n")
     assert shell(">/dev/full 2>&1", "list").returncode == 1

@@ -191,6 +191,7 @@ def test_what_means_nothing_passes_and_what_would_change_the_answer_is_refused(s
         error = httpx.post(url, json=body | {name: value})
         assert error.status_code == 400 and error.json()["error"]["param"] == name and name in error.text
     empty = {"stop": "", "logit_bias": [], "tools": {}, "stream_options": "", "response_format": {}, "tool_choice": ""}
+    empty |= {"reasoning_effort": "", "user": "", "chat_template_kwargs": [], "seed": "", "stop_token_ids": ""}
     assert httpx.post(url, json=body | empty).status_code == 200
     completion, plain = server[0] + "/v1/completions", {"model": "base", "prompt": PROMPT, "max_tokens": 2}
     for n, best, status in ((2, 2, 200), (1, 1, 200), (1, 2, 400), (2, 3, 400)):  # of as many as are given: all
@@ -203,6 +204,23 @@ def test_what_means_nothing_passes_and_what_would_change_the_answer_is_refused(s
         assert answer.status_code == 200 and answer.headers["x-ignored-fields"] == "stream_options.every"
         assert "x-ignored-fields" not in httpx.post(address + "/v1/chat/completions", json=body).headers
         assert httpx.post(address + "/v1/chat/completions", json=body | {"top_p": "x"}).status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("given", "place"),
+    [
+        ({"max_tokens": 2, "max_completion_tokens": 3}, "max_tokens"),
+        ({"enable_thinking": True, "chat_template_kwargs": {"enable_thinking": False}}, "enable_thinking"),
+        ({"reasoning_effort": "low", "chat_template_kwargs": {"reasoning_effort": "high"}}, "reasoning_effort"),
+    ],
+)
+def test_what_is_asked_twice_is_asked_alike(server, given, place):
+    """Else one of them would be passed over."""
+    body, url = {"model": "base", "messages": CHAT, "max_tokens": 2}, server[0] + "/v1/chat/completions"
+    error = httpx.post(url, json=body | given)
+    assert error.status_code == 400 and error.json()["error"]["param"] == place
+    alike = {"max_completion_tokens": 2, "enable_thinking": True, "chat_template_kwargs": {"enable_thinking": True}}
+    assert httpx.post(url, json=body | alike).status_code == 200
 
 
 def test_every_way_to_choose_tokens_can_be_asked_for():
