@@ -37,6 +37,7 @@ SPEAKERS = {
     "function_call": "assistant",
     "tool_call": "assistant",
 }
+OWN_ROLES = ("observation",)  # that templates write by their names, as GLM-4's does
 CALLING = ("function_call", "tool_call")  # speakers whose words are a call
 ARGUMENTS = ("arguments", "parameters", "args", "input")  # what a call gives its function
 CONTENTS = ("content", "value", "text")  # what holds a speaker's words
@@ -173,7 +174,7 @@ def _in_usual_names(value: Mapping[str, Any], name: str, where: str) -> dict[str
     speaker = value.get(called)
     if is_missing(speaker) or (called == "role" and not isinstance(speaker, str)):
         raise FormatError(f"{where}: {name} has no 'role'.", 'a message is {"role": "user", "content": "..."}.')
-    known = SPEAKERS.get(str(speaker).lower())
+    known = None if called == "role" and speaker in OWN_ROLES else SPEAKERS.get(str(speaker).lower())
     if called == "from" and known is None:
         raise FormatError(f"{where}: {name} is 'from' {speaker!r}, who is unknown.", f"known: {', '.join(SPEAKERS)}.")
     there = [field for field in CONTENTS if field in value]

@@ -202,6 +202,12 @@ def test_what_a_call_gives_its_function_has_several_names(name):
         assert read == {"type": "function", "function": {"name": "look", "arguments": given}}
 
 
+def test_a_role_that_templates_write_by_its_name_stays():
+    said = [CHAT[0], {"role": "observation", "content": "7"}, {"role": "narrator", "content": "8"}]
+    assert [m["role"] for m in row({"messages": said}).messages] == ["user", "observation", "narrator"]
+    assert row({"conversations": [{"from": "observation", "value": "7"}]}).messages[0]["role"] == "tool"
+
+
 def test_an_older_call_beside_others_is_one_more_or_the_same():
     look, other = ({"name": name, "arguments": "{}"} for name in ("look", "other"))
     for older, names in ((look, ["look"]), (other, ["look", "other"]), (None, ["look"]), ({}, ["look"])):
