@@ -149,13 +149,24 @@ class GgufTokenizer:
         return made
 
 
+def _stored(folder: Path, tokenizer: Any) -> dict[str, Any]:
+    """The tokenizer.json of a model's folder; where it has other files (`tokenizer.model`, `vocab.json`), what
+    transformers made of them. Raises ConfigError for a tokenizer that has none."""
+    if (folder / "tokenizer.json").is_file():
+        return files.read_json(folder / "tokenizer.json")
+    made = getattr(tokenizer, "backend_tokenizer", None)
+    if not isinstance(made, Tokenizer):
+        raise ConfigError(f"'{folder}' has no tokenizer.json, and transformers makes none of what it has.", CONVERTER)
+    return json.loads(made.to_str())
+
+
 def read_tokenizer(folder: Path, vocabulary: int, tokenizer: Any) -> GgufTokenizer:
     """The tokenizer of a model folder for GGUF, with a token for each of the model's `vocabulary` rows.
 
     `tokenizer` is the loaded one: what it adds before and after a text is asked of it. Raises ConfigError for what
     llama.cpp would do otherwise, FormatError for tokens that the model has no row for.
     """
-    stored = files.read_json(folder / "tokenizer.json")
+    stored = _stored(folder, tokenizer)
     bpe = stored.get("model", {})
     if bpe.get("type") != "BPE":
         raise ConfigError("Only BPE tokenizers are written to GGUF here.", CONVERTER)

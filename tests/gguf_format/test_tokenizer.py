@@ -126,6 +126,24 @@ def test_what_else_ends_an_answer_is_told(folder):
     assert read_tokenizer(folder, 512, tokenizer).special == made.special
 
 
+def test_a_tokenizer_of_other_files_is_the_one_that_is_loaded(folder):
+    retokenize(folder, own_spelling("gpt-2"))
+    whole, _ = read(folder)
+    stored = json.loads((folder / "tokenizer.json").read_text())["model"]
+    merges = [" ".join(merge) for merge in stored["merges"]]
+    (folder / "vocab.json").write_text(json.dumps(stored["vocab"]))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
+    (folder / "tokenizer.json").unlink()
+    settings = json.loads((folder / "tokenizer_config.json").read_text()) | {"tokenizer_class": "GPT2Tokenizer"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    made, tokenizer = read(folder)
+    assert (made.merges, made.pre) == (whole.merges, whole.pre)
+    assert [made.tokens[index][0] for index in stored["vocab"].values()] == list(stored["vocab"])
+    assert check_strings(made, tokenizer) == []
+    with pytest.raises(ConfigError, match=r"has no tokenizer\.json"):
+        read_tokenizer(folder, 512, object())
+
+
 def test_there_are_a_hundred_hard_strings():
     strings = hard_strings(["<|im_start|>"])
     assert len(set(strings)) == len(strings) >= 100
