@@ -184,6 +184,67 @@ for work in (schema, tools):
     check(work.__name__, work)
 """,
     ),
+    "openai-agents": (
+        "openai-agents",
+        """
+import asyncio
+from agents import (Agent, ModelSettings, OpenAIChatCompletionsModel, OpenAIResponsesModel, Runner, function_tool,
+    set_tracing_disabled)
+from openai import AsyncOpenAI
+set_tracing_disabled(True)
+def of(kind):
+    def made(**more):
+        client = AsyncOpenAI(base_url=URL, api_key="none", max_retries=0)
+        return Agent(name="a", model=kind("base", client), model_settings=ModelSettings(temperature=0), **more)
+    same(Runner.run_sync(made(tools=[function_tool(get_weather)]), QUESTION).final_output, ANSWER)
+    ada(Runner.run_sync(made(output_type=Person), WHO).final_output)
+    async def streamed():
+        run = Runner.run_streamed(made(tools=[function_tool(get_weather)]), QUESTION)
+        async for _ in run.stream_events():
+            pass
+        return run.final_output
+    same(asyncio.run(streamed()), ANSWER)
+for kind in (OpenAIChatCompletionsModel, OpenAIResponsesModel):
+    check(kind.__name__, lambda: of(kind))
+""",
+    ),
+    "ollama": (
+        "ollama",
+        """
+import ollama
+client, cold = ollama.Client(URL.removesuffix("/v1")), {"temperature": 0}
+def tools():
+    messages = [{"role": "user", "content": QUESTION}]
+    messages.append(client.chat("base", messages, tools=[get_weather], options=cold).message)
+    (call,) = messages[-1].tool_calls
+    messages.append({"role": "tool", "tool_name": "get_weather", "content": get_weather(**call.function.arguments)})
+    same(client.chat("base", messages, tools=[get_weather], options=cold).message.content, ANSWER)
+def schema():
+    asked = dict(messages=[{"role": "user", "content": WHO}], format=Person.model_json_schema(), options=cold)
+    ada(Person.model_validate_json(client.chat("base", **asked).message.content))
+    ada(Person.model_validate_json("".join(one.message.content for one in client.chat("base", stream=True, **asked))))
+def nothing_said():
+    assert client.chat("base", [{"role": "user", "content": ""}], options=cold | {"num_predict": 2}).done
+for work in (tools, schema, nothing_said):
+    check(work.__name__, work)
+""",
+    ),
+    "guidance": (
+        "guidance openai",
+        """
+import guidance
+from guidance import assistant, gen, models, user
+def of(what):
+    model = models.OpenAI("base", base_url=URL, api_key="none", echo=False)
+    with user():
+        model += WHO
+    with assistant():
+        model += what
+    ada(Person.model_validate_json(model["x"]))  # put together of the tokens whose log-probabilities are told
+check("gen", lambda: of(gen("x", max_tokens=60, temperature=0)))
+check("json", lambda: of(guidance.json("x", schema=Person, temperature=0)))
+""",
+    ),
 }
 
 # The same for node, where it is there.
@@ -219,6 +280,33 @@ await check("schema", async () => {
     response_format: { type: "json_schema", json_schema: { name: "person", strict: true, schema } } });
   assert.deepEqual(JSON.parse(answer.choices[0].message.content), { name: "Ada", age: 36 });
 });
+""",
+    ),
+    "ai-sdk": (
+        "ai @ai-sdk/openai @ai-sdk/openai-compatible zod",
+        """
+import assert from "node:assert";
+import { createOpenAI } from "@ai-sdk/openai";
+import { createOpenAICompatible } from "@ai-sdk/openai-compatible";
+import { generateObject, generateText, stepCountIs, streamText, tool } from "ai";
+import { z } from "zod";
+const to = { baseURL: process.argv.at(-1), apiKey: "none" }, openai = createOpenAI(to);
+const compatible = createOpenAICompatible({ ...to, name: "x", includeUsage: true, supportsStructuredOutputs: true });
+const get_weather = tool({ description: "The weather in a city.", inputSchema: z.object({ city: z.string() }),
+                           execute: async ({ city }) => city === "Paris" ? "sunny" : "wrong" });
+const asked = { prompt: "What is the weather in Paris?", tools: { get_weather }, stopWhen: stepCountIs(3) };
+const schema = z.object({ name: z.string(), age: z.number().int() });
+const models = { compatible: compatible("base"), chat: openai.chat("base"), responses: openai.responses("base") };
+for (const [name, model] of Object.entries(models)) {
+  const cold = { model, temperature: 0, maxRetries: 0 };
+  try {
+    assert.equal((await generateText({ ...cold, ...asked })).text, "It is sunny in Paris.");
+    assert.equal(await streamText({ ...cold, ...asked }).text, "It is sunny in Paris.");
+    const made = await generateObject({ ...cold, schema, prompt: "Who is Ada?" });
+    assert.deepEqual(made.object, { name: "Ada", age: 36 });
+    console.log("ok", name);
+  } catch (error) { console.log("failed", name, "-", String(error).slice(0, 300).replaceAll("\\n", " ")); }
+}
 """,
     ),
 }
@@ -326,7 +414,7 @@ def python_of(folder: Path, package: str) -> Path:
     """The Python of an environment that has the package; made if it is not there."""
     if not (folder / "ready").exists():
         venv.create(folder, with_pip=True)
-        subprocess.run([folder / "bin" / "pip", "install", "-q", package], check=True)
+        subprocess.run([folder / "bin" / "pip", "install", "-q", *package.split()], check=True)
         (folder / "ready").touch()
     return folder / "bin" / "python"
 
@@ -335,7 +423,7 @@ def installed(folder: Path, package: str) -> Path:
     """The folder of a node package."""
     if not (folder / "ready").exists():
         folder.mkdir(parents=True, exist_ok=True)
-        subprocess.run(["npm", "install", "--silent", "--prefix", folder, package], check=True)
+        subprocess.run(["npm", "install", "--silent", "--prefix", folder, *package.split()], check=True)
         (folder / "ready").touch()
     return folder
 
