@@ -39,7 +39,8 @@ class Row:
     (never the first). `full_length` counts the tokens before truncation. `stops`: whether a trained token is one that
     stops a generation. `left_out`: what the chat template leaves out of turns that are to be trained, as (message from
     1, field), and (0, "tools") if the model is told of none of the row's. `changes`: what the template takes only
-    otherwise than it stands (`templates.fitting`).
+    otherwise than it stands (`templates.fitting`). `unheard`: the messages of others of which the template leaves out
+    words, as (message from 1, role), where the prompt is masked.
     Of a preference: `answer`, (length,) bool, the tokens whose log-probability is judged; `rejected`, the other row of
     a pair; `desirable`, an answer's label.
     """
@@ -51,6 +52,7 @@ class Row:
     stops: bool = True
     left_out: tuple[tuple[int, str], ...] = ()
     changes: tuple[str, ...] = ()
+    unheard: tuple[tuple[int, str], ...] = ()
     answer: np.ndarray | None = None
     rejected: "Row | None" = None
     desirable: bool = True
@@ -112,6 +114,10 @@ class Tokenized:
             what = f"'{field}' of the assistant's, of which the chat template leaves out some or all"
             what = "tools that the chat template does not tell the model of" if field == "tools" else what
             yield f"{count(len(places), row)} with {what}: {named}."
+        for role in dict.fromkeys(name for part in sequences for _, name in part.unheard):
+            places = {part.where: message for part in sequences for message, name in part.unheard if name == role}
+            named = "; ".join(f"{where}, message {i}" for where, i in list(places.items())[:3])
+            yield f"{count(len(places), row)} with words of '{role}' that the chat template leaves out: {named}."
         for change in dict.fromkeys(change for part in sequences for change in part.changes):
             changed = list(dict.fromkeys(part.where for part in sequences if change in part.changes))
             why = "put otherwise, since the chat template refuses it as it stands"
@@ -181,9 +187,13 @@ def conversation_row(
     lost = dict.fromkeys(((told.origin(number) or 0) + 1, field) for number, field, _ in missing)
     if tools_left_out(said):
         lost[0, "tools"] = None
+    others = [number for number, message in enumerate(said.messages) if mask_prompt and message["role"] != "assistant"]
+    unheard = dict.fromkeys(
+        ((told.origin(number) or 0) + 1, str(said.messages[number]["role"])) for number, _, _ in left_out(said, others)
+    )
     marks = said.trained if mask_prompt else _all_but_silent(raw, tokenizer, told)
     row = _cut(raw, tokenizer, max_seq_length, said.tokens, marks)
-    return replace(row, left_out=tuple(lost), changes=told.form.changes)
+    return replace(row, left_out=tuple(lost), unheard=tuple(unheard), changes=told.form.changes)
 
 
 def _all_but_silent(raw: RawRow, tokenizer: Any, told: RowConversation) -> np.ndarray | None:

@@ -102,3 +102,14 @@ def test_what_will_not_be_learned_is_told(tmp_path):
     assert lost.startswith("1 train row with 'tool_calls' of the assistant's, of which the chat template leaves out")
     assert "line 2, message 2" in lost and "line 3, message 2" in thought and "'reasoning_content'" in thought
     assert notes_of(calls, "qwen3") == []
+
+
+def test_what_the_model_never_hears_is_told(tmp_path):
+    def asked(role: str) -> dict:
+        return {"messages": [{"role": role, "content": "Be brief."}, *chat("b")["messages"]]}
+
+    data = write(tmp_path / "told", [chat("b"), asked("system"), asked("narrator"), asked("system")])
+    (note,) = notes_of(data, "qwen3")
+    where = f"{data / 'train.jsonl'}, line 3, message 1"
+    assert note == f"1 train row with words of 'narrator' that the chat template leaves out: {where}."
+    assert notes_of(data, "chatml") == []  # it writes any role by its name
