@@ -68,15 +68,22 @@ def conversation(value: Any, where: str, name: str = "messages") -> tuple[list[M
 
 
 def as_called(messages: Sequence[Message]) -> list[int]:
-    """The order of messages in which the results of several calls stand as the calls do, where all name theirs.
+    """The order of messages in which the results of several calls stand as the calls do, where all name theirs: by its
+    id, or where there are none by its function, as Ollama's clients do.
 
     Most templates write no ids: to the model the first result is the first call's.
     """
     order = list(range(len(messages)))
     for at, message in enumerate(messages):
-        ids = dict.fromkeys(call.get("id") for call in message.get("tool_calls", []))
+        calls = message.get("tool_calls", [])
         until = next((i for i in order[at + 1 :] if messages[i]["role"] != "tool"), len(order))
-        named = [message.get("tool_call_id") for message in messages[at + 1 : until]]
+        ids = dict.fromkeys(call.get("id") for call in calls)
+        named = [result.get("tool_call_id") for result in messages[at + 1 : until]]
+        if {*ids, *named} == {None}:
+            ids = dict.fromkeys(call["function"]["name"] for call in calls)
+            named = [
+                result["name"] if isinstance(result.get("name"), str) else None for result in messages[at + 1 : until]
+            ]
         if None not in named and set(named) <= ids.keys() and len(set(named)) == len(named):
             order[at + 1 : until] = [at + 1 + named.index(id) for id in ids if id in named]
     return order

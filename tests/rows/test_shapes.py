@@ -319,6 +319,13 @@ def test_results_stand_in_the_order_of_their_calls():
     assert row({"messages": some}).messages == [*some[:2], result("b"), result("c"), CHAT[1]]
     twice = [CHAT[0], called("a", "a", "b"), result("b"), result("a"), CHAT[1]]
     assert [message["content"] for message in row({"messages": twice}).messages[2:4]] == ["of a", "of b"]
+    nameless = [{key: value for key, value in call.items() if key != "id"} for call in called("a", "b")["tool_calls"]]
+    by_name = [{"role": "tool", "content": f"of {id}", "name": f"f{id}"} for id in "ba"]
+    asked = [CHAT[0], called() | {"tool_calls": nameless}, *by_name, CHAT[1]]
+    assert row({"messages": asked}).messages[2:4] == by_name[::-1]
+    for names in (("fa", "fa"), ("fa", {"a": 1}), ("fa", None)):
+        asked[2:4] = [one | {"name": name} for one, name in zip(by_name, names, strict=True)]
+        assert [one["content"] for one in row({"messages": asked}).messages[2:4]] == ["of b", "of a"]
     for strange in (["b", "x"], ["b", "b"], ["b", None]):  # nobody knows whose these are
         asked = [CHAT[0], called("a", "b"), *map(result, strange), CHAT[1]]
         assert [message["content"] for message in row({"messages": asked}).messages[2:4]] == [
