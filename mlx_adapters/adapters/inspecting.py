@@ -1,7 +1,7 @@
 """What an adapter is, and how two of them differ.
 
 Norms and cosines are those of the updates scale · B·A, from the factors: ⟨ΔX, ΔY⟩ = sₓsᵧ tr((AₓᵀAᵧ)(BᵧBₓᵀ)).
-Of a DoRA adapter that is the low-rank part; its magnitudes are left aside.
+Of a DoRA adapter that is the low-rank part, and a note says so: what its magnitudes do, only its base tells.
 """
 
 import math
@@ -13,7 +13,7 @@ from typing import Any
 from mlx_adapters.config.mapping import to_mapping
 from mlx_adapters.data.datasets import Data
 from mlx_adapters.display.tables import Table, flat
-from mlx_adapters.events import OnEvent, log_warnings
+from mlx_adapters.events import Note, OnEvent, log_warnings
 from mlx_adapters.models.adapter import Adapter, AdapterLike, place_of, weights_file
 from mlx_adapters.models.base import BaseLike
 from mlx_adapters.models.low_rank import LowRankUpdate, inner, update_of, update_shape
@@ -22,6 +22,7 @@ from mlx_adapters.sources import lookup, registry
 from mlx_adapters.sources.registry import Entry
 from mlx_adapters.storage import paths, tensor_files
 from mlx_adapters.storage.tensor_names import natural_order
+from mlx_adapters.units import listed
 
 
 @dataclass(frozen=True)
@@ -200,6 +201,11 @@ def compare(
         True
     """
     first, second = lookup.load_adapter(a), lookup.load_adapter(b)
+    if named := [repr(one.name) for one in (first, second) if one.config.type == "dora"]:
+        of = listed(list(dict.fromkeys(named)))
+        on_event(
+            Note(f"Norms and cosines are of the low-rank part of {of}; DoRA's magnitudes are left aside.", "warning")
+        )
     keys = sorted({*first.config.keys, *second.config.keys}, key=natural_order)
     rows, total = [], [0.0, 0.0, 0.0]
     for key in keys:

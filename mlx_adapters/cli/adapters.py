@@ -59,8 +59,7 @@ def list_command(base: str | None, tag: str | None, sort: str, reverse: bool, as
     else:
         head = ("NAME", "TYPE", "RANK", "VALID LOSS", "CHECKPOINTS", "SIZE", "DATE", "BASE")
         _output.table(head, map(_list_row, entries), right=(2, 3, 4, 5))
-        damaged = sum(entry.problem is not None for entry in entries)
-        if damaged:
+        if damaged := sum(entry.problem is not None for entry in entries):
             _output.warn(f"{damaged} of {len(entries)} have a problem; 'mlx-adapters verify --all' says more.")
 
 
@@ -109,7 +108,8 @@ def show_command(ref: str, layers: bool, plot: Path | None, as_json: bool) -> No
     _show_losses(details)
     _output.out()
     if details.layers:
-        _output.table(("LAYERS", "SHAPE", "‖ΔW‖"), _layer_rows(details.layers, layers), right=(2,))
+        norm = "‖scale·BA‖" if details.type == "dora" else "‖ΔW‖"
+        _output.table(("LAYERS", "SHAPE", norm), _layer_rows(details.layers, layers), right=(2,))
     if details.checkpoints:
         _output.out()
         rows = [

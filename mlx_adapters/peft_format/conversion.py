@@ -15,7 +15,7 @@ from mlx_adapters.events import Note, OnEvent, log_warnings
 from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.models.base import Base
 from mlx_adapters.models.dense import dense_weight, is_quantized, weight_shape
-from mlx_adapters.models.layers import adaptable_layers, check_fits, loads_in_mlx_lm, nn
+from mlx_adapters.models.layers import adaptable_layers, check_fits, loads_in_mlx_lm, nn, tied
 from mlx_adapters.models.loading import load_module
 from mlx_adapters.peft_format.reading import WHOLE, PeftAdapter, PeftModule, refuse_whole
 from mlx_adapters.peft_format.to_mlx import Converted, to_mlx, without_copies
@@ -120,11 +120,12 @@ def _refuse_unsaved_modules(peft: PeftAdapter, places: Places) -> None:
     `ensure_weight_tying` the embedding's weight is the head's, too.
     """
     layout, saved = places.layout, peft.settings.modules_to_save
+    one = peft.settings.tying and tied(places.layers)
     held = {place for name in peft.dense for place in _targets(places.tensor(name))}
     there = [name for name in layout.shapes if tensor_names.split(name)[1] == WEIGHT and _targets(layout.of(name))]
     for end in saved:
         known = hf_names.is_end(end) or any(f"{end}." in name for name in layout.shapes)
-        tied_to = peft.settings.tying and hf_names.is_head(end) and any(map(hf_names.is_embedding, saved))
+        tied_to = one and hf_names.is_head(end) and any(map(hf_names.is_embedding, saved))
         if known and not tied_to and not any(f"{end}." in name for name in peft.dense):
             raise FormatError(
                 f"The PEFT config names '{end}' in modules_to_save, but the file does not hold it.", WHOLE

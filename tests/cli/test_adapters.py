@@ -149,6 +149,15 @@ def test_show_tells_settings_layers_losses_and_files(run, base, tmp_path):
     assert "did you mean 'sql'" in run("show", "sqll", status=1)[1]
 
 
+def test_norms_of_dora_are_said_to_be_of_its_low_rank_part(run, base):
+    """Its magnitudes change the weights as well, by how much its base tells."""
+    registry.register(make_adapter(base, LLAMA[:2], type="dora", name="x"), "x")
+    registry.register(make_adapter(base, LLAMA[:2], name="y"), "y")
+    assert "of the low-rank part of 'x'; DoRA's magnitudes are left aside" in run("compare", "x", "y")[1]
+    assert "low-rank part" not in run("compare", "y", "y")[1]
+    assert "‖scale·BA‖" in run("show", "x")[0] and "‖ΔW‖" in run("show", "y")[0]
+
+
 def test_compare_shows_what_differs_and_the_angle(run, base):
     registry.register(make_adapter(base, LLAMA, name="x"), "x")
     registry.register(make_adapter(base, LLAMA[:2], factor=4.0, name="y"), "y")

@@ -78,6 +78,21 @@ def test_ends_that_peft_ties_need_be_in_the_file_once(case, tmp_path):
     assert files.read_json(tmp_path / "out" / "config.json")["tie_word_embeddings"]
 
 
+def test_two_ends_are_both_asked_for_whatever_the_config_ties(tmp_path):
+    """A base with two matrices has nothing to tie."""
+    case = "llama/refused/modules-to-save"
+    base = FIXTURES / "llama" / "base"
+    embedding = mx.load(str(base / "model.safetensors"))["model.embed_tokens.weight"]
+
+    def other_end(tensors):
+        kept = {name: array for name, array in tensors.items() if "lm_head" not in name}
+        return kept | {f"{PREFIX}model.embed_tokens.weight": embedding}
+
+    settings = {"modules_to_save": ["embed_tokens", "lm_head"], "ensure_weight_tying": True}
+    with pytest.raises(FormatError, match="names 'lm_head' in modules_to_save, but the file does not hold it"):
+        fuse_peft(changed(case, tmp_path, other_end, **settings), tmp_path / "out", base=base, options=QUIET)
+
+
 @pytest.mark.parametrize("saved", [["input_layernorm"], ["norm"], ["model.layers.0", "model.layers.1"]], ids=str)
 def test_a_part_of_the_whole_modules_is_not_all(saved, tmp_path):
     case = "llama/refused/norms-to-save"
