@@ -54,7 +54,7 @@ class Canonical:
         text: of a text row.
         template_arguments: what the row gives the chat template.
         rejected: of preferences: the values of a row that gives the rejected answer.
-        asked: of a prompt and a completion in messages: how many are the prompt.
+        asked: of a prompt and a completion: how many messages are the prompt.
     """
 
     format: str
@@ -286,8 +286,9 @@ def _completion(
     before = earlier(values.get(HISTORY))
     used = (*used, HISTORY) if before else used
     messages = [*before, turn("user", prompt), turn("assistant", completion)]
-    weights = (1,) * len(messages)
+    weights = (*(0 for _ in before), 1, 1)
     whole = _with_extras(values, messages, weights, used, shape, where)
+    whole = replace(whole, asked=len(whole.messages) - 1)
     if len(whole.messages) > 2 or whole.tools:  # a system prompt or tools: it takes a template to write them
         return whole
     return Canonical(

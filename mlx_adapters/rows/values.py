@@ -46,7 +46,7 @@ def plain(value: Any, nulls: bool = False) -> Any:
 
 def kind(value: Any) -> str:
     """What a value is, in the words of an error."""
-    names = {bool: "true or false", int: "a number", float: "a number", list: "a list", tuple: "a list"}
+    names = {bool: "true or false", int: "a number", float: "a number", list: "a list", tuple: "a list", str: "text"}
     if is_missing(value):
         return "null"
     if isinstance(value, Mapping):

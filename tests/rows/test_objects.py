@@ -77,7 +77,7 @@ def test_a_data_set_in_parts_has_its_splits():
     [
         (b"x", "The data is bytes, not rows"),
         (3, "The data is a number, not rows"),
-        (["text"], "row 1 is a value of type str"),
+        (["text"], "row 1 is text"),
         ([ROWS[0], None], "row 2 is null"),
         ([], "has no training row"),
         ({"prompt": "a", "completion": "b"}, "one object, not rows"),

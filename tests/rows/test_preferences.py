@@ -73,6 +73,13 @@ def test_answers_that_are_lists_in_json_are_texts():
     assert (raw.completion, raw.rejected.completion) == ('[{"name": "look"}]', "[1, 2]")
 
 
+def test_earlier_answers_are_context():
+    raw = row(prompt="Which color?", chosen="Blue.", rejected="Fish.", history=[["Yes?", "No."]])
+    for side in (raw, raw.rejected):
+        assert [m["content"] for m in side.messages][:3] == ["Yes?", "No.", "Which color?"]
+        assert [w for w, m in zip(side.weights, side.messages, strict=True) if m["role"] == "assistant"] == [0, 1]
+
+
 def test_openais_tools_go_with_both_answers():
     tools = [{"type": "function", "function": {"name": "look"}}]
     raw = row(input={"messages": [ASK], "tools": tools}, preferred_output=[GOOD], non_preferred_output=[BAD])
