@@ -1,6 +1,7 @@
 """A refusal, as OpenAI's API writes it."""
 
 import contextlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,6 +30,15 @@ class ApiError(Exception):
     def body(self) -> dict[str, Any]:
         """The JSON body."""
         return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
+
+
+def public(message: str) -> str:
+    """What clients are told: of a path on this machine its last part.
+
+    >>> public("'/home/me/adapters/sql/adapters.safetensors' is cut short.")
+    "'adapters.safetensors' is cut short."
+    """
+    return re.sub(r"'[~/][^']*/([^'/]+)'", r"'\1'", message)
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from mlx_adapters.errors import AdapterError
-from mlx_adapters.protocols.errors import ApiError
+from mlx_adapters.protocols.errors import ApiError, public
 from mlx_adapters.protocols.ollama import ModelRecords, ollama_name
 from mlx_adapters.serving.answering import Answering
 from mlx_adapters.serving.engine import Engine
@@ -230,7 +230,7 @@ class Server:
                 raise ApiError(403, "Only adapters of the registry can be loaded.", param="reference")
             await self.engine.add_adapter(name, reference)
         except AdapterError as error:
-            raise ApiError(404 if "No adapter named" in error.message else 400, error.message) from None
+            raise ApiError(404 if "No adapter named" in error.message else 400, public(error.message)) from None
 
     async def remove_adapter(self, request: Request) -> Response:
         """Serve an adapter no more."""

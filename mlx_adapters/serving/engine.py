@@ -19,7 +19,7 @@ from mlx_adapters.generation.batching import Batcher
 from mlx_adapters.generation.live import LiveModel
 from mlx_adapters.generation.requests import Token
 from mlx_adapters.models.adapter import Adapter
-from mlx_adapters.protocols.errors import ApiError, told_as
+from mlx_adapters.protocols.errors import ApiError, public, told_as
 from mlx_adapters.runtime.attached import Attached
 from mlx_adapters.serving.jobs import Commands, Job, Piece, log, send_all
 from mlx_adapters.serving.metrics import Metrics
@@ -278,7 +278,7 @@ class Engine:
             return self.residents.bring_in(served)
         except Exception as error:  # a damaged file may raise what it likes
             log.warning("adapter '%s' cannot be loaded: %r", served.name, error)
-            why = f": {error.message}" if isinstance(error, AdapterError) else "."
+            why = f": {public(error.message)}" if isinstance(error, AdapterError) else "."
             raise ApiError(503, f"Adapter '{served.name}' cannot be loaded{why}", kind="server_error") from None
 
     def _fail(self, job: Job, error: ApiError) -> None:

@@ -20,7 +20,7 @@ from mlx_adapters.generation.live import load_model
 from mlx_adapters.serving.metrics import Metrics
 from mlx_adapters.serving.settings import ServeSettings, is_loopback, parse_split
 from mlx_adapters.serving.start import bind, make_engine, parse_adapter, read_keys
-from mlx_adapters.sources.registry import register
+from mlx_adapters.sources.registry import adapter_folder, register
 from mlx_adapters.system.machine import on_gpu
 
 PROMPT = "List all students."
@@ -499,6 +499,14 @@ def test_a_damaged_adapter_and_a_dead_engine(registered, monkeypatch):
             patch.setattr("mlx_adapters.serving.residents.load_adapter", lambda _: 1 / 0)
             assert httpx.post(url, json=body | {"model": "q"}).status_code == 503
         assert httpx.post(url, json=body | {"model": "q"}).status_code == 200
+        weights = adapter_folder("p") / "adapters.safetensors"
+        weights.rename(weights.with_name("away"))
+        gone = httpx.post(url, json=body | {"model": "p"})
+        weights.with_name("away").rename(weights)
+        told = gone.json()["error"]["message"]
+        assert (
+            gone.status_code == 503 and "'p'" in told and str(weights.parent) not in told
+        )  # whose place is no client's
         monkeypatch.setattr(engine._batcher, "step", lambda: sys.exit())
         assert httpx.post(url, json=body | {"model": "q"}).status_code == 500
         assert not engine._open
