@@ -71,7 +71,7 @@ if TYPE_CHECKING:
 @subfolder_option
 @click.option("--continue", "resume", is_flag=True, help="Go on with this fuse where it was stopped after a minute.")
 @click.option("--again", metavar="RECIPE", help="Repeat the fuse of a recipe, to the byte.")
-@click.option("--check-only", metavar="MODEL", help="Write nothing; check a model that was fused before.")
+@click.option("--check-only", metavar="MODEL", help="Write nothing; check a fused model. Above --max-kl: status 1.")
 @click.option("--adapter", type=REFERENCE, metavar="REF", help="The adapter, with --check-only.")
 @click.option("--html", type=OUTPUT_FILE, help="Write the report as a page: what was lost, and where the bits are.")
 @base_option
@@ -82,7 +82,7 @@ if TYPE_CHECKING:
 @Reads(
     modes={
         "again": "refs html overwrite trust_remote_code as_json",
-        "check_only": "refs adapter weights base any_base calibration calibration_rows check_rows html "
+        "check_only": "refs adapter weights base any_base calibration calibration_rows check_rows max_kl html "
         "trust_remote_code as_json",
         "from_peft": "refs base bits group_size mode dtype method calibration calibration_rows thorough check "
         "check_rows max_kl budget_bits program format force resize text_only subfolder html overwrite "
@@ -214,6 +214,7 @@ def _check_only(
     as_json: bool,
 ) -> None:
     from mlx_adapters.fusion import check
+    from mlx_adapters.fusion.fuse import require_faithful
 
     if not adapters:
         raise click.UsageError("Give the adapter with --adapter.")
@@ -230,10 +231,11 @@ def _check_only(
         files.write_text(html, check.html(checked))
     if as_json:
         _output.emit_json(checked)
-        return
-    _show_verdict(checked.fidelity, checked.text)
-    _output.table(*checked.fidelity.table(), right=range(1, 7))
-    tell_outputs()
+    else:
+        _show_verdict(checked.fidelity, checked.text)
+        _output.table(*checked.fidelity.table(), right=range(1, 7))
+        tell_outputs()
+    require_faithful(checked.fidelity, options.max_kl, "fuse it with more bits, or calibrated.")
 
 
 def _show(result: "FuseResult") -> None:

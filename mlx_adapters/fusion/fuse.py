@@ -19,6 +19,7 @@ from mlx_adapters.assembly.spool import Spool, key_of, spooled
 from mlx_adapters.assembly.tensors import Assembly, Writer, open_assembly
 from mlx_adapters.assembly.weights import Updates
 from mlx_adapters.assembly.writing import SPARE_BYTES, companion_bytes
+from mlx_adapters.calibration.fidelity import Fidelity
 from mlx_adapters.calibration.strategy import Strategy
 from mlx_adapters.calibration.texts import GENERAL, PYTHON, choose_text
 from mlx_adapters.config.fusing import DEFAULTS, FuseOptions, with_calibration
@@ -166,7 +167,8 @@ def fuse(
             seconds=time.perf_counter() - started,
             opened_with=tuple(opened),
         )
-        _refuse_unfaithful(result, options)
+        if not options.force:
+            require_faithful(fidelity, options.max_kl, "allow more bits, or keep the model all the same with --force.")
         made = replace(_recipe(strategy, writer, given, dtype), weights_sha256=hashes.result())
         files.write_json(folder / FUSE_RECIPE_FILE, {"format": 2} | asdict(made))
         files.write_json(folder / REPORT_FILE, report(result) | {"files": recipes.written_in(folder)})
@@ -248,13 +250,11 @@ def _hand_over(
     return hand_over(options.program, folder, out, load_tokenizer_of(base, same))
 
 
-def _refuse_unfaithful(result: FuseResult, options: FuseOptions) -> None:
-    limit, fidelity = options.max_kl, result.fidelity
-    if limit is not None and fidelity is not None and fidelity.kl_mean > limit and not options.force:
-        raise FidelityError(
-            f"KL from the adapter model is {fidelity.kl_mean:.4g} nats per token, above the {limit:g} allowed.",
-            "allow more bits, or keep the model all the same with --force.",
-        )
+def require_faithful(fidelity: Fidelity | None, max_kl: float | None, way: str) -> None:
+    """Raise FidelityError where a fused model was measured further from the adapter model than is allowed."""
+    if max_kl is not None and fidelity is not None and fidelity.kl_mean > max_kl:
+        told = f"KL from the adapter model is {fidelity.kl_mean:.4g} nats per token, above the {max_kl:g} allowed."
+        raise FidelityError(told, way)
 
 
 def _key(strategy: Strategy, writer: Writer, given: Sequence[AdapterLike], dtype: str) -> str:

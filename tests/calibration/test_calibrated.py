@@ -553,6 +553,11 @@ def test_check_only_judges_what_others_fused(tiny_model, tmp_path, data, home):
     run = CliRunner().invoke(cli, arguments)
     assert run.exit_code == 0, run.output
     assert json.loads(run.stdout)["fidelity"]["rows"] == 12
+    for most, status in (("0.9", 0), ("0.0001", 1)):
+        run = CliRunner().invoke(cli, [*arguments, "--max-kl", most])
+        assert run.exit_code == status and json.loads(run.stdout)["fidelity"]["rows"] == 12
+        assert (run.exception is None) == (status == 0)
+    assert "above the 0.0001 allowed" in str(run.exception)
     with pytest.raises(IncompatibleError, match="not a fused version"):
         check_fused(tiny_model("llama"), adapter, options=options)
 
