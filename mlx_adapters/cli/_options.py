@@ -92,7 +92,6 @@ name_template_option = click.option(
     metavar="TEMPLATE",
     help='Make the name of fields, e.g. "{task}_{version}_{date}"; --name is the task.',
 )
-
 adapter_option = click.option("--adapter", type=REFERENCE, metavar="REF", help="The adapter to use.")
 base_option = click.option("--base", metavar="BASE", help="Base model: demo, a folder or a Hub id [the adapter's own].")
 any_base_option = option(EvaluationConfig, "any_base")
