@@ -150,6 +150,8 @@ def _preference(values: Values, where: str) -> Canonical | None:
     asking, prompt = _asked(values, where)
     extras = {name: values[name] for name in EXTRAS if name in values}
     prompt, answers = two_answers(prompt, values["chosen"], values["rejected"], where)
+    before = earlier(extras.pop(HISTORY, None)) if isinstance(prompt, str) else []
+    prompt = [*before, turn("user", prompt)] if before else prompt
     if prompt is None:
         sides = [{"text": answer} for answer in answers]
         chosen = _text(sides[0], "text", where)
@@ -157,7 +159,7 @@ def _preference(values: Values, where: str) -> Canonical | None:
         sides = [{**extras, "prompt": prompt, "completion": answer} for answer in answers]
         chosen = _pair(sides[0], "prompt", "completion", where)
     shape = "preferences" if asking in ((), ("prompt",)) else f"preferences ({', '.join(map(repr, asking))})"
-    used = (*asking, *SIDES, *(name for name in extras if name in chosen.used))
+    used = (*asking, *SIDES, *(name for name in extras if name in chosen.used), *((HISTORY,) if before else ()))
     return replace(chosen, shape=shape, used=used, rejected=sides[1])
 
 
@@ -286,7 +288,8 @@ def _completion(
     before = earlier(values.get(HISTORY))
     used = (*used, HISTORY) if before else used
     messages = [*before, turn("user", prompt), turn("assistant", completion)]
-    weights = (*(0 for _ in before), 1, 1)
+    learned = int("label" not in values)  # of an answer that is judged earlier ones are context
+    weights = (*(learned for _ in before), 1, 1)
     whole = _with_extras(values, messages, weights, used, shape, where)
     whole = replace(whole, asked=len(whole.messages) - 1)
     if len(whole.messages) > 2 or whole.tools:  # a system prompt or tools: it takes a template to write them

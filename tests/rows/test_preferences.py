@@ -75,7 +75,8 @@ def test_answers_that_are_lists_in_json_are_texts():
 
 def test_earlier_answers_are_context():
     raw = row(prompt="Which color?", chosen="Blue.", rejected="Fish.", history=[["Yes?", "No."]])
-    for side in (raw, raw.rejected):
+    labeled = row(prompt="Which color?", completion="Blue.", label=True, history=[["Yes?", "No."]])
+    for side in (raw, raw.rejected, labeled):
         assert [m["content"] for m in side.messages][:3] == ["Yes?", "No.", "Which color?"]
         assert [w for w, m in zip(side.weights, side.messages, strict=True) if m["role"] == "assistant"] == [0, 1]
 

@@ -69,7 +69,7 @@ def test_what_belongs_to_a_question_goes_with_it():
     for history in (earlier, json.dumps(earlier)):
         raw = row({"instruction": "Three?", "input": "", "output": "3", "history": history, "system": "Count."})
         assert [m["content"] for m in raw.messages] == ["Count.", "One?", "1", "Two?", "2", "Three?", "3"]
-        assert raw.format == "chat" and raw.weights == (0, 0, 0, 0, 0, 1, 1) and raw.silent == frozenset()
+        assert raw.format == "chat" and raw.weights == (0, 1, 1, 1, 1, 1, 1) and raw.silent == frozenset()
         assert "history" in raw.canonical.used
     for other in ([], "long", [["a"]], [{"role": "user", "content": "a"}]):
         assert row({"prompt": ASK, "completion": ANSWER, "history": other}).messages == CHAT
