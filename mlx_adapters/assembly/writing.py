@@ -15,13 +15,13 @@ from mlx_adapters.checkpoints.contents import companions, is_of_tokenizer, token
 from mlx_adapters.events import OnEvent, Progress
 from mlx_adapters.models.base import Base
 from mlx_adapters.storage import files, paths, tensor_files
+from mlx_adapters.storage.hf_names import TOKENIZER_CONFIG
 from mlx_adapters.storage.tensor_files import StoredTensor
 from mlx_adapters.system.door import mx
 from mlx_adapters.system.limits import trim_cache
 from mlx_adapters.system.templates import templates_in
 
 SHARD_BYTES = 5 << 30
-TOKENIZER_CONFIG = "tokenizer_config.json"
 SPARE_BYTES = 16 << 20  # of the disk: tokenizer, config and report
 OTHER_BITS = "for other bits leave --format (or --for) out: the MLX format has them all."
 Layout = list[tuple[str, str, tuple[int, ...]]]

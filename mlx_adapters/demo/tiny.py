@@ -7,6 +7,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from mlx_adapters.storage import files, tensor_files
+from mlx_adapters.storage.hf_names import TOKENIZER_CONFIG
 from mlx_adapters.system.door import mx
 
 WIDTH, BLOCKS, HEADS, KV_HEADS, MIDDLE = 128, 2, 4, 2, 256
@@ -82,7 +83,7 @@ def write_tokenizer(folder: Path, vocabulary: dict[str, int]) -> None:
         "model_max_length": 512,
         "chat_template": "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}",
     }
-    files.write_json(folder / "tokenizer_config.json", settings)
+    files.write_json(folder / TOKENIZER_CONFIG, settings)
 
 
 def write_data(folder: Path, rows: int = 8) -> Path:

@@ -100,12 +100,12 @@ def fuse_peft(
     whole = whole_tensors(peft, module, layout, resolved.untied, one_for_both)
     rest, adapters = peft.without(lambda path: path in whole.updated), list[Adapter]()
     own = own_template(peft, resolved, on_event)
-    if own and not rest.modules:  # no adapter to go with
-        resolved = replace(resolved, trained=Trained(own, None))
     if rest.modules:
         name = {"name": peft.folder.name, "base": resolved.record(), **own}
         converted = convert(rest, module, layout, resolved.name, replaced=whole.replaced)
         adapters.append(replace(converted.adapter, metadata=name).check())
+    elif own:  # there is no adapter to go with
+        resolved = replace(resolved, trained=Trained(own, None))
     check_as_loaded(peft, resolved, layout, whole, adapters)
     return fuse(
         replace(resolved, parameters=whole.parameters),

@@ -18,6 +18,7 @@ from mlx_adapters.gguf_format.architectures import CONVERTER
 from mlx_adapters.gguf_format.pieces import BYTE as BYTE_TEXT
 from mlx_adapters.gguf_format.pieces import LEAST, Pieces, read_pieces, steps_of
 from mlx_adapters.storage import files
+from mlx_adapters.storage.hf_names import TOKENIZER_CONFIG
 from mlx_adapters.system.templates import templates_in
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # llama.cpp's kinds of tokens
@@ -183,7 +184,7 @@ def read_tokenizer(folder: Path, vocabulary: int, tokenizer: Any) -> GgufTokeniz
         tokens[bpe["vocab"][bpe["unk_token"]]] = (bpe["unk_token"], UNKNOWN)
     if tokens and max(tokens) >= vocabulary:
         raise FormatError(f"The tokenizer has token {max(tokens)}, but the model's vocabulary is {vocabulary}.")
-    settings = folder / "tokenizer_config.json"
+    settings = folder / TOKENIZER_CONFIG
     extra = files.read_json(settings) if settings.is_file() else {}
     special = _special_ids(extra, {token: index for index, (token, _) in tokens.items()})
     if (unknown := next((index for index, (_, kind) in tokens.items() if kind == UNKNOWN), None)) is not None:

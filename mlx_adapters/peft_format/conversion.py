@@ -121,7 +121,7 @@ def _refuse_unsaved_modules(peft: PeftAdapter, places: Places) -> None:
     """
     layout, saved = places.layout, peft.settings.modules_to_save
     one = peft.settings.tying and tied(places.layers)
-    held = {place for name in peft.dense for place in _targets(places.tensor(name))}
+    held = _held(peft, places)
     there = [name for name in layout.shapes if tensor_names.split(name)[1] == WEIGHT and _targets(layout.of(name))]
     for end in saved:
         known = hf_names.is_end(end) or any(f"{end}." in name for name in layout.shapes)
@@ -140,6 +140,11 @@ def _refuse_unsaved_modules(peft: PeftAdapter, places: Places) -> None:
 
 def _targets(pieces: list[Piece]) -> set[tuple[str, int | None]]:
     return {(piece.target, piece.index) for piece in pieces}
+
+
+def _held(peft: PeftAdapter, places: Places) -> set[tuple[str, int | None]]:
+    """Where mlx-lm has what the file holds whole."""
+    return {place for name in peft.dense for place in _targets(places.tensor(name))}
 
 
 def _is_of_module(name: str, end: str) -> bool:
@@ -172,7 +177,7 @@ def _unsaved_biases(peft: PeftAdapter, places: Places) -> list[str]:
         return []
     adapted = (tensor_names.join(path, BIAS) for path in peft.modules)
     everywhere = (name for name in layout.shapes if tensor_names.split(name)[1] == BIAS and layout.of(name))
-    held = {place for name in peft.dense for place in _targets(places.tensor(name))}
+    held = _held(peft, places)
     wanted = everywhere if kind == "all" else adapted
     lacking = [name for name in wanted if (own := _targets(places.tensor(name))) and not own & held]
     told = f"The PEFT config trains biases (bias {kind!r}), but the file lacks {len(lacking):,} of them"

@@ -9,6 +9,7 @@ OpenAI's older `function_call`, its `refusal` in place of an answer, and a whole
 import json
 import re
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 from mlx_adapters.errors import FormatError
@@ -76,16 +77,16 @@ def as_called(messages: Sequence[Message]) -> list[int]:
     order = list(range(len(messages)))
     for at, message in enumerate(messages):
         calls = message.get("tool_calls", [])
-        until = next((i for i in order[at + 1 :] if messages[i]["role"] != "tool"), len(order))
+        if len(calls) < 2:
+            continue
+        results = list(takewhile(lambda one: one["role"] == "tool", messages[at + 1 :]))
         ids = dict.fromkeys(call.get("id") for call in calls)
-        named = [result.get("tool_call_id") for result in messages[at + 1 : until]]
+        named = [result.get("tool_call_id") for result in results]
         if {*ids, *named} == {None}:
             ids = dict.fromkeys(call["function"]["name"] for call in calls)
-            named = [
-                result["name"] if isinstance(result.get("name"), str) else None for result in messages[at + 1 : until]
-            ]
+            named = [name if isinstance(name := result.get("name"), str) else None for result in results]
         if None not in named and set(named) <= ids.keys() and len(set(named)) == len(named):
-            order[at + 1 : until] = [at + 1 + named.index(id) for id in ids if id in named]
+            order[at + 1 : at + 1 + len(results)] = [at + 1 + named.index(id) for id in ids if id in named]
     return order
 
 

